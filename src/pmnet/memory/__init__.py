@@ -1,0 +1,7 @@
+"""The phasor memory tree: what persists, where a position goes, what it writes and reads."""
+
+from pmnet.memory.read import MemoryRead
+from pmnet.memory.state import empty_memory
+from pmnet.memory.write import MemoryWrite, Tokens, Visit
+
+__all__ = ["MemoryRead", "MemoryWrite", "Tokens", "Visit", "empty_memory"]

@@ -1,0 +1,84 @@
+"""Write: turn a position into rotations of the slots of its group, and hand the field down (DESIGN section 1, step 2).
+
+Shapes: B, T, D hidden size, G groups of the level, N slots, M phases.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from pmnet.config import PMNetConfig
+from pmnet.memory.routing import address, child_group, geometry, to_angle, visited_anchors
+from pmnet.ops import Linear, phase_write
+
+
+class Visit(NamedTuple):
+    """What a position carries through the tree."""
+
+    groups: Tensor  # [B, T] group to visit on this level
+    field: Tensor | None  # [B, T, N, M] radians handed down from the levels above; None above the root
+    geometry: Tensor | None  # [B, T, N, 2M] what this level's reads see; None before the level's write
+
+
+class Tokens(NamedTuple):
+    """Which positions are real and which document they belong to; None where all are alike."""
+
+    valid: Tensor | None  # [B, T] bool, False for padding
+    documents: Tensor | None  # [B, T] int64, non-decreasing; 0 continues the cached document
+
+
+class MemoryWrite(nn.Module):
+    """Unitary phasor update of one level (arXiv 2605.13370): `S_n <- (S_n + p_n * theta) mod 2 pi`."""
+
+    def __init__(self, config: PMNetConfig):
+        super().__init__()
+        self.config = config
+        size = config.memory_size
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.proj_q = Linear(config.hidden_size, size)
+        self.proj_k = Linear(2 * size, size)
+        self.proj_v = Linear(config.hidden_size, size)
+        self.proj_out = Linear(size, size)
+
+    def forward(
+        self, hidden: Tensor, visit: Visit, anchors: Tensor, memory: Tensor, tokens: Tokens
+    ) -> tuple[Visit, Visit, Tensor]:
+        """Write every position and route it to its child group.
+
+        Args:
+            hidden: `[B, T, D]`.
+            visit: groups of this level and the field from above.
+            anchors: radians, `[G, N, M]`.
+            memory: int32 turns before the first position, `[B, G, N, M]`.
+            tokens: padding and documents.
+
+        Returns:
+            This level's visit for the reads, the visit to hand to the next level's write, and the memory after
+            the last position.
+        """
+        batch, length = hidden.shape[:2]
+        slots, size = self.config.num_memory, self.config.memory_size
+        fixed = visited_anchors(anchors, visit.groups)
+        seen = fixed if visit.field is None else visit.field + fixed
+        normed = self.norm(hidden)
+
+        query = to_angle(self.proj_q(normed)).unsqueeze(2)
+        keys = to_angle(self.proj_k(geometry(seen)))
+        weights = address(query, keys)
+        rotation = weights.unsqueeze(-1) * to_angle(self.proj_out(self.proj_v(normed))).unsqueeze(2)
+
+        state, memory_after = phase_write(
+            rotation.view(batch, length, slots * size),
+            visit.groups,
+            memory.flatten(2),
+            tokens.documents,
+            tokens.valid,
+            phase_bits=self.config.phase_bits,
+            cumulative=self.config.memory_cumsum,
+            scale_gradient=self.training,
+        )
+        state = state.view(batch, length, slots, size)
+        field = state if visit.field is None else visit.field + state
+        here = Visit(visit.groups, field, geometry(field + fixed))
+        below = Visit(child_group(weights, visit.groups), field, None)
+        return here, below, memory_after.view_as(memory)

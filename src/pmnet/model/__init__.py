@@ -1,0 +1,6 @@
+"""The model on `transformers`: attention, decoder layer, streaming state, Hugging Face classes, tokenizer."""
+
+from pmnet.model.cache import PMNetCache
+from pmnet.model.modeling import PMNetForCausalLM, PMNetModel
+
+__all__ = ["PMNetCache", "PMNetForCausalLM", "PMNetModel"]
