@@ -7,7 +7,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from pmnet.ops import lookup
 
 
 def to_angle(x: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def to_angle(x: Tensor) -> Tensor:
 def visited_anchors(anchors: Tensor, groups: Tensor) -> Tensor:
     """Anchors `[G, N, M]` of the groups `[B, T]` that positions visit: radians, `[B, T, N, M]`, never half precision."""
     table = anchors.flatten(1)
-    rows = F.embedding(groups, table if table.dtype == torch.float64 else table.float())
+    rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
     return rows.view(*groups.shape, *anchors.shape[1:])
 
 

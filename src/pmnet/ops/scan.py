@@ -154,7 +154,7 @@ def _scan(
     prefix = _exclusive_cumsum(take_rows(delta, plan.order))
     states = take_rows(prefix[:, 1:] - take_rows(prefix, plan.start), plan.place)
     before = take_rows(initial_state, segments)
-    wanted = torch.arange(groups, device=delta.device).expand(delta.shape[0], groups)
+    wanted = torch.arange(groups, device=delta.device).repeat(delta.shape[0], 1)
     if documents is not None:
         before = before.masked_fill((documents != 0).unsqueeze(-1), 0)
         last = documents.amax(1, keepdim=True) if documents.shape[1] else documents.new_zeros(delta.shape[0], 1)
