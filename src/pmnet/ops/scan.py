@@ -98,53 +98,56 @@ def phase_write(
     Raises:
         ValueError: if shapes do not agree.
     """
+    delta = to_turns(rotation.detach(), phase_bits)
+    _check(delta, segments, initial_state)
     plan = plan_segments(segments, initial_state.shape[1], documents, valid)
-    angle, final_state = _PhaseWrite.apply(
-        rotation, segments, initial_state, documents, plan, phase_bits, cumulative, scale_gradient
-    )
+    if cumulative:
+        states, final_state = _scan(delta, segments, initial_state, documents, plan)
+    else:
+        states, final_state = delta, initial_state.clone()
+    angle = _angle_of_states(rotation, states, *plan[:4], cumulative, scale_gradient)
     return angle, final_state
 
 
-class _PhaseWrite(torch.autograd.Function):
-    """Forward on integers, backward the transpose: a reverse segmented sum of float64 gradients."""
+@torch.library.custom_op("pmnet::angle_of_states", mutates_args=())
+def _angle_of_states(
+    rotation: Tensor,
+    states: Tensor,
+    order: Tensor,
+    place: Tensor,
+    start: Tensor,
+    end: Tensor,
+    cumulative: bool,
+    scale_gradient: bool,
+) -> Tensor:
+    """States as radians, in the dtype of the rotations that the gradient goes to."""
+    return to_radians(states, rotation.dtype)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rotation: Tensor,
-        segments: Tensor,
-        initial_state: Tensor,
-        documents: Tensor | None,
-        plan: SegmentPlan,
-        phase_bits: int,
-        cumulative: bool,
-        scale_gradient: bool,
-    ) -> tuple[Tensor, Tensor]:
-        delta = to_turns(rotation, phase_bits)
-        _check(delta, segments, initial_state)
-        if cumulative:
-            states, final_state = _scan(delta, segments, initial_state, documents, plan)
-        else:
-            states, final_state = delta, initial_state.clone()
-        ctx.save_for_backward(plan.order, plan.place, plan.start, plan.end)
-        ctx.cumulative, ctx.scale_gradient = cumulative, scale_gradient
-        ctx.mark_non_differentiable(final_state)
-        return to_radians(states, rotation.dtype), final_state
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = grads[0]
-        order, place, start, end = ctx.saved_tensors
-        if ctx.cumulative:
-            ordered = _exclusive_cumsum(take_rows(gradient.double(), order))
-            summed = take_rows(ordered, end) - ordered[:, :-1]
-            result = take_rows(summed, place)
-        else:
-            result = gradient.double()
-        if ctx.scale_gradient:
-            count = (end - start).gather(1, place)
-            result = result * count.double().rsqrt().unsqueeze(-1)
-        return result.to(gradient.dtype), None, None, None, None, None, None, None
+@_angle_of_states.register_fake
+def _(rotation: Tensor, states: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(states, dtype=rotation.dtype)
+
+
+def _save_plan(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *_, order, place, start, end, ctx.cumulative, ctx.scale_gradient = inputs
+    ctx.save_for_backward(order, place, start, end)
+
+
+def _gradient_of_rotation(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """The transpose of the scan: a reverse segmented sum, in float64."""
+    order, place, start, end = ctx.saved_tensors
+    gradient = upstream.double()
+    if ctx.cumulative:
+        prefix = _exclusive_cumsum(take_rows(gradient, order))
+        gradient = take_rows(take_rows(prefix, end) - prefix[:, :-1], place)
+    if ctx.scale_gradient:
+        count = (end - start).gather(1, place)
+        gradient = gradient * count.double().rsqrt().unsqueeze(-1)
+    return gradient.to(upstream.dtype), None, None, None, None, None, None, None
+
+
+_angle_of_states.register_autograd(_gradient_of_rotation, setup_context=_save_plan)
 
 
 def _scan(
