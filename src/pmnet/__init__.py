@@ -1,12 +1,21 @@
 """pmnet: Phasor Memory Networks (arXiv 2605.13370) for PyTorch and Hugging Face transformers."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
-from pmnet.model import PMNetCache, PMNetForCausalLM, PMNetModel
+from pmnet.model import ByteTokenizer, PMNetCache, PMNetForCausalLM, PMNetModel
 
 AutoConfig.register("PMNet", PMNetConfig)
 AutoModel.register(PMNetConfig, PMNetModel)
 AutoModelForCausalLM.register(PMNetConfig, PMNetForCausalLM)
+AutoTokenizer.register(PMNetConfig, slow_tokenizer_class=ByteTokenizer)
 
-__all__ = ["PMNetCache", "PMNetConfig", "PMNetForCausalLM", "PMNetModel", "pmnet_119m", "pmnet_30m"]
+__all__ = [
+    "ByteTokenizer",
+    "PMNetCache",
+    "PMNetConfig",
+    "PMNetForCausalLM",
+    "PMNetModel",
+    "pmnet_30m",
+    "pmnet_119m",
+]

@@ -2,5 +2,6 @@
 
 from pmnet.model.cache import PMNetCache
 from pmnet.model.modeling import PMNetForCausalLM, PMNetModel
+from pmnet.model.tokenizer import ByteTokenizer
 
-__all__ = ["PMNetCache", "PMNetForCausalLM", "PMNetModel"]
+__all__ = ["ByteTokenizer", "PMNetCache", "PMNetForCausalLM", "PMNetModel"]

@@ -42,8 +42,8 @@ class PMNetPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, std=config.initializer_gain * module.in_features**-0.5)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, PMNetModel):
-            for anchors in module.memory_embeddings:
+        elif isinstance(module, nn.ParameterList):
+            for anchors in module:
                 init.normal_(anchors, std=config.anchor_initializer_range)
         else:
             super()._init_weights(module)

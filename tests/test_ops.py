@@ -1,0 +1,168 @@
+"""The phase arithmetic against the complex-number oracle, and its gradient against finite differences."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmnet.ops import circular_difference, lookup, phase_scan, phase_write, to_radians, to_turns
+from pmnet.ops.reference import phase_scan_reference
+
+SHAPES = [(2, 0, 3, 5), (1, 1, 1, 4), (2, 63, 4, 3), (3, 50, 64, 2), (2, 17, 1, 6)]  # B, T, G, C
+
+
+def problem(batch, length, groups, channels, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    delta = (torch.rand(batch, length, channels, generator=generator, dtype=torch.float64) - 0.5) * 2 * math.pi
+    segments = torch.randint(0, groups, (batch, length), generator=generator)
+    state = (torch.rand(batch, groups, channels, generator=generator, dtype=torch.float64) - 0.5) * 6
+    return delta, segments, state
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("ragged", [False, True])
+def test_scan_against_oracle(shape, ragged):
+    delta, segments, state = problem(*shape)
+    documents = None
+    if ragged:
+        documents = (torch.rand(shape[:2], generator=torch.Generator().manual_seed(1)) < 0.2).long().cumsum(1)
+    expected, expected_final = phase_scan_reference(delta, segments, state, documents)
+    got, final = phase_scan(to_turns(delta), segments, to_turns(state), documents)
+    assert got.dtype == final.dtype == torch.int32
+    for ours, oracle in ((got, expected), (final, expected_final)):
+        assert (circular_difference(to_radians(ours, torch.float64), oracle).abs() < 1e-6).all()
+
+
+def test_all_positions_in_distinct_segments():
+    delta, _, state = problem(2, 20, 20, 3)
+    segments = torch.stack([torch.randperm(20, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    states, final = phase_scan(to_turns(delta), segments, to_turns(state))
+    alone = to_turns(delta) + to_turns(state).gather(1, segments.unsqueeze(-1).expand(-1, -1, 3))
+    assert torch.equal(states, alone)
+    assert torch.equal(final.gather(1, segments.unsqueeze(-1).expand(-1, -1, 3)), alone)
+
+
+def test_a_million_steps_do_not_drift():
+    length, step = 1_000_000, 0.7310585786300049
+    turns = to_turns(torch.full((1, length, 1), step, dtype=torch.float64))
+    states, _ = phase_scan(turns, torch.zeros(1, length, dtype=torch.long), torch.zeros(1, 1, 1, dtype=torch.int32))
+    quantised = to_radians(turns[0, 0], torch.float64).item()
+    z, oracle = 1 + 0j, complex(math.cos(quantised), math.sin(quantised))
+    for _ in range(length):
+        z *= oracle
+    z /= abs(z)
+    angle = torch.tensor(math.atan2(z.imag, z.real), dtype=torch.float64)
+    assert circular_difference(to_radians(states[0, -1, 0], torch.float64), angle).abs() < 1e-6
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(0, 10**6), st.data())
+def test_any_chunking_gives_the_same_bits(length, groups, seed, data):
+    delta, segments, state = problem(2, length, groups, 3, seed)
+    turns, start = to_turns(delta), to_turns(state)
+    whole, final = phase_scan(turns, segments, start)
+    cut = data.draw(st.integers(0, length))
+    first, middle = phase_scan(turns[:, :cut], segments[:, :cut], start)
+    second, end = phase_scan(turns[:, cut:], segments[:, cut:], middle)
+    assert torch.equal(torch.cat([first, second], 1), whole)
+    assert torch.equal(end, final)
+    alone, alone_final = phase_scan(turns[1:], segments[1:], start[1:])
+    assert torch.equal(alone, whole[1:])
+    assert torch.equal(alone_final, final[1:])
+
+
+def test_padding_writes_nothing():
+    delta, segments, state = problem(1, 12, 3, 4)
+    valid = torch.rand(1, 12, generator=torch.Generator().manual_seed(2)) < 0.6
+    states, final = phase_scan(to_turns(delta), segments, to_turns(state), valid=valid)
+    kept, kept_final = phase_scan(to_turns(delta)[valid][None], segments[valid][None], to_turns(state))
+    assert torch.equal(states[valid], kept[0])
+    assert torch.equal(final, kept_final)
+
+
+@pytest.mark.parametrize("bits", [4, 7, 32])
+def test_rounding_and_dead_zone(bits):
+    step = 2 * math.pi / 2**bits
+    angles = torch.tensor([0.49, -0.49, 0.51, 3.0, -2.4], dtype=torch.float64) * step
+    expected = torch.tensor([0, 0, 1, 3, -2], dtype=torch.float64) * step
+    assert torch.allclose(to_radians(to_turns(angles, bits), torch.float64), expected, atol=1e-9, rtol=0)
+    assert to_turns(torch.tensor([math.nan, math.inf]), bits).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("cumulative", [True, False])
+def test_gradient_against_finite_differences(cumulative):
+    delta, segments, state = problem(2, 9, 3, 2)
+    documents = torch.tensor([[0] * 9, [0] * 4 + [1] * 5])
+    delta.requires_grad_()
+
+    def loss(rotation):
+        angle, _ = phase_write(
+            rotation, segments, to_turns(state), documents, cumulative=cumulative, scale_gradient=False
+        )
+        return angle.sin() + 0.3 * angle.cos()
+
+    assert torch.autograd.gradcheck(loss, delta, eps=1e-3, atol=1e-5)  # a step of 1e-3 rad is 680,000 units
+
+
+def test_gradient_factor_counts_real_positions_of_the_segment():
+    delta, segments, state = problem(2, 15, 3, 2)
+    valid = torch.ones(2, 15, dtype=torch.bool)
+    valid[1, 11:] = False
+    gradients = []
+    for scale in (False, True):
+        rotation = delta.clone().requires_grad_()
+        angle, _ = phase_write(rotation, segments, to_turns(state), valid=valid, scale_gradient=scale)
+        (angle.sin() * valid.unsqueeze(-1)).sum().backward()
+        gradients.append(rotation.grad)
+    for b, t in ((b, t) for b in range(2) for t in range(15) if valid[b, t]):
+        count = ((segments[b] == segments[b, t]) & valid[b]).sum()
+        assert torch.allclose(gradients[1][b, t], gradients[0][b, t] / math.sqrt(count))
+
+
+def test_rounded_gradient_is_straight_through():
+    delta, segments, state = problem(1, 6, 2, 3)
+    rotation = delta.requires_grad_()
+    phase_write(rotation, segments, to_turns(state), phase_bits=5, scale_gradient=False)[0].sum().backward()
+    later = torch.tensor([[(segments[0, t:] == segments[0, t]).sum() for t in range(6)]], dtype=torch.float64)
+    assert torch.equal(rotation.grad, later.unsqueeze(-1).expand(-1, -1, 3))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_graph_breaks(dynamic):
+    def step(rotation, segments, state):
+        angle, final = phase_write(rotation, segments, state, phase_bits=9)
+        return angle.sin().sum(), final
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for length in (13, 29):
+        delta, segments, state = problem(2, length, 4, 3)
+        eager, traced = delta.clone().requires_grad_(), delta.clone().requires_grad_()
+        expected, final = step(eager, segments, to_turns(state))
+        got, got_final = compiled(traced, segments, to_turns(state))
+        assert torch.equal(got, expected)
+        assert torch.equal(got_final, final)
+        expected.backward()
+        got.backward()
+        assert torch.equal(eager.grad, traced.grad)
+
+
+def test_lookup_is_a_lookup():
+    table = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([[0, 3, 3], [4, 0, 1]])
+    assert torch.equal(lookup(table, index), table[index])
+    assert torch.autograd.gradcheck(lambda t: lookup(t, index).sin(), table)
+
+
+@pytest.mark.parametrize(
+    ("delta", "segments", "state"),
+    [
+        (torch.zeros(1, 2, 3), torch.zeros(1, 2).long(), torch.zeros(1, 1, 3, dtype=torch.int32)),
+        (torch.zeros(1, 2, 3, dtype=torch.int32), torch.zeros(1, 4).long(), torch.zeros(1, 1, 3, dtype=torch.int32)),
+        (torch.zeros(1, 2, 3, dtype=torch.int32), torch.zeros(1, 2).long(), torch.zeros(1, 1, 4, dtype=torch.int32)),
+    ],
+)
+def test_wrong_input_is_named(delta, segments, state):
+    with pytest.raises(ValueError, match="phase_scan"):
+        phase_scan(delta, segments, state)
