@@ -1,0 +1,173 @@
+"""The `pmnet` command: train, eval, generate."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pmnet.data.files import RandomWindows, open_files
+from pmnet.eval.bits import bits_per_byte
+from pmnet.eval.retrieval import Cell, retrieval_table
+from pmnet.model import PMNetCache
+from pmnet.model.load import load_model
+from pmnet.report.plots import plot_retrieval
+from pmnet.report.provenance import provenance, write_json
+from pmnet.train.loop import TrainingStopped, train
+from pmnet.train.recipes import COPY_PASTE, LANGUAGE_MODEL
+from pmnet.train.tasks import ByteTask, CopyCurriculum, Task
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Phasor Memory Networks.")
+evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
+app.add_typer(evaluate, name="eval")
+out = Console()
+
+Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """One sentence and exit code 1 for everything a user can cause; 130 for a run stopped by a signal."""
+    try:
+        yield
+    except TrainingStopped as error:
+        print(f"pmnet: {error}", file=sys.stderr)
+        raise typer.Exit(130 if str(error).startswith("stopped by") else 1) from error
+    except (OSError, ValueError) as error:
+        print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
+        raise typer.Exit(1) from error
+
+
+@app.command("train")
+def train_command(
+    task: Annotated[str, typer.Argument(help="`lm` (bytes of files) or `copy-paste`.")] = "lm",
+    data: Annotated[list[Path] | None, typer.Option(help="File or folder to learn from (lm); may be repeated.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Recipe: tiny, 30m, 119m (lm); demo (copy-paste).")] = None,
+    run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/latest"),
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
+    checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0)] = None,
+    resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
+) -> None:
+    """Train a model; Ctrl-C stops after a checkpoint, --resume continues to the same bits."""
+    recipes = {"lm": LANGUAGE_MODEL, "copy-paste": COPY_PASTE}.get(task)
+    with _plain_errors():
+        if recipes is None:
+            raise ValueError(f"unknown task {task!r}; there are lm and copy-paste")
+        name = preset or next(iter(recipes))
+        if name not in recipes:
+            raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
+        changes = {
+            "steps": steps, "batch_size": batch_size, "length": length, "learning_rate": learning_rate, "seed": seed,
+            "compile": compile, "checkpoint_seconds": checkpoint_seconds,
+        }  # fmt: skip
+        recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
+        source: Task
+        if task == "lm":
+            if not data:
+                raise ValueError("training a language model needs --data FILE_OR_FOLDER")
+            source = ByteTask(RandomWindows(open_files(data), recipe.length, recipe.batch_size, recipe.seed))
+        else:
+            source = CopyCurriculum(recipe.model.receptive_field, recipe.seed, recipe.batch_size, **recipe.task)
+        write_json(run / "config.json", {**provenance(), "task": task, "preset": name, "recipe": recipe.facts(),
+                                         "model": recipe.model.to_dict()})  # fmt: skip
+        train(recipe, source, run, resume)
+    out.print(f"model saved to {run / 'model'}")
+
+
+@evaluate.command("retrieval")
+def retrieval_command(
+    model: Model,
+    length: Annotated[int, typer.Option(min=1, help="Letters of a string.")] = 8,
+    strings: Annotated[int, typer.Option(min=1, help="Strings per distance.")] = 1000,
+    multiples: Annotated[str, typer.Option(help="Distances in multiples of the attention's reach.")] = "0.25,1,2,8,64",
+    seed: Annotated[int, typer.Option(min=0)] = 12345,
+    save: Annotated[Path | None, typer.Option(help="Folder for retrieval.json and retrieval.png.")] = None,
+) -> None:
+    """Exact-string accuracy of copy-paste over distance, memory on and off."""
+    with _plain_errors():
+        network = load_model(model)
+        reach = network.config.receptive_field
+        gaps = sorted({max(1, round(float(part) * reach)) for part in multiples.split(",")})
+        table = Table(title=f"copy-paste of {length} letters, {strings} strings per distance, reach {reach}")
+        for title in ("gap", "x reach", "exact", "95 % interval", "per letter", "memory off", "per letter"):
+            table.add_column(title, justify="right")
+
+        def show(cell: Cell) -> None:
+            table.add_row(
+                f"{cell.gap:,}", f"{cell.gap / reach:.2f}", f"{cell.exact:.1%}", f"{cell.low:.1%} - {cell.high:.1%}",
+                f"{cell.letters:.2%}", f"{cell.control:.1%}", f"{cell.control_letters:.2%}",
+            )  # fmt: skip
+
+        cells = retrieval_table(network, gaps, length, strings, seed, on_row=show)
+        out.print(table)
+        if save is not None:
+            facts = {**provenance(), "seed": seed, "length": length, "model": network.config.to_dict(),
+                     "cells": [cell.facts() for cell in cells]}  # fmt: skip
+            write_json(save / "retrieval.json", facts)
+            plot_retrieval(cells, save / "retrieval.png")
+            out.print(f"saved {save / 'retrieval.json'} and {save / 'retrieval.png'}")
+
+
+@evaluate.command("bits")
+def bits_command(
+    model: Model,
+    data: Annotated[list[Path], typer.Option(help="Held-out file or folder; may be repeated.")],
+    limit: Annotated[int | None, typer.Option(min=1, help="Bytes to read of each file.")] = None,
+    save: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+) -> None:
+    """Bits per byte of files, each streamed with constant memory."""
+    with _plain_errors():
+        files, network = open_files(data), load_model(model)
+        total = sum(min(size, limit or size) for size in files.sizes)
+        from rich.progress import Progress
+
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task("reading", total=total)
+            bits, count = bits_per_byte(network, files, limit, lambda n: progress.advance(bar, n))
+        out.print(f"{bits:.4f} bits per byte over {count:,} bytes of {len(files.paths)} files")
+        if save is not None:
+            write_json(save, {**provenance(), "files": [str(p) for p in files.paths], "bytes": count,
+                              "bits_per_byte": bits, "model": network.config.to_dict()})  # fmt: skip
+
+
+@app.command("generate")
+def generate_command(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write.")] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    state: Annotated[Path | None, typer.Option(help="Continue this saved state.")] = None,
+    save_state: Annotated[Path | None, typer.Option(help="Save the state afterwards.")] = None,
+) -> None:
+    """Continue a prompt byte by byte on the terminal."""
+    from pmnet.model.stream import stream_bytes
+
+    with _plain_errors():
+        network = load_model(model)
+        cache = PMNetCache.load(state) if state else PMNetCache(network.config)
+        cache.check_fits(network.config, 1)
+        torch.manual_seed(seed)
+        sys.stdout.write(prompt)
+        for byte in stream_bytes(network, prompt.encode("utf-8", "surrogateescape"), cache, count, temperature, top_p):
+            sys.stdout.buffer.write(byte)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        if save_state:
+            cache.save(save_state)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""Where training bytes come from: files and folders, and synthetic tasks."""

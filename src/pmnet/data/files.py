@@ -1,0 +1,107 @@
+"""Bytes of files and folders, streamed through memory maps and never loaded whole.
+
+The text of several files is one stream of documents: file after file in sorted order, each preceded by BOS.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmnet.model.tokenizer import BOS
+
+
+@dataclass(frozen=True)
+class ByteFiles:
+    """Non-empty files, each one document.
+
+    Attributes:
+        paths: the files.
+        sizes: their sizes in bytes.
+    """
+
+    paths: tuple[Path, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        """Bytes of all files."""
+        return sum(self.sizes)
+
+    def read(self, file: int, start: int, stop: int) -> bytes:
+        """Bytes `[start, stop)` of one file.
+
+        Raises:
+            OSError: if the file cannot be read or has become shorter.
+        """
+        with self.paths[file].open("rb") as handle:
+            handle.seek(start)
+            data = handle.read(stop - start)
+        if len(data) != stop - start:
+            raise OSError(f"{self.paths[file]} changed while it was being read: expected {self.sizes[file]} bytes")
+        return data
+
+
+def open_files(paths: list[Path]) -> ByteFiles:
+    """Collect files, and the files below folders (hidden ones excepted), in sorted order.
+
+    Raises:
+        FileNotFoundError: if a path does not exist.
+        ValueError: if a named file, or everything together, is empty.
+        PermissionError: if a file cannot be read.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = (p for p in sorted(path.rglob("*")) if p.is_file())
+            found += [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+        elif path.is_file():
+            if path.stat().st_size == 0:
+                raise ValueError(f"{path} is empty")
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"no file or folder at {path}")
+    full = [p for p in dict.fromkeys(found) if p.stat().st_size > 0]
+    if not full:
+        raise ValueError(f"no bytes to read in {', '.join(map(str, paths))}")
+    for path in full:
+        with path.open("rb"):
+            pass
+    return ByteFiles(tuple(full), tuple(p.stat().st_size for p in full))
+
+
+class RandomWindows:
+    """Training batches: windows of `length + 1` bytes drawn uniformly from all files.
+
+    A window never crosses a file; a shorter file is padded at the end (label -100). Batch i is a function of the seed and i alone,
+    so the cursor of a resumed run is one number.
+
+    Args:
+        files: what to draw from.
+        length: T.
+        batch_size: B.
+        seed: of the draw.
+    """
+
+    def __init__(self, files: ByteFiles, length: int, batch_size: int, seed: int):
+        self.files, self.length, self.batch_size, self.seed = files, length, batch_size, seed
+        starts = np.array([max(1, size - length) for size in files.sizes], dtype=np.float64)
+        self.weights = starts / starts.sum()
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` and `labels`, int64 `[B, T]`: labels[t] is the byte after input_ids[t]."""
+        random = np.random.default_rng([self.seed, index])
+        ids = torch.zeros(self.batch_size, self.length, dtype=torch.int64)
+        labels = torch.full((self.batch_size, self.length), -100, dtype=torch.int64)
+        for row, file in enumerate(random.choice(len(self.files.sizes), self.batch_size, p=self.weights)):
+            size = self.files.sizes[file]
+            start = int(random.integers(0, max(1, size - self.length)))
+            data = self.files.read(int(file), start, min(size, start + self.length))
+            text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+            before = BOS if start == 0 else self.files.read(int(file), start - 1, start)[0]
+            ids[row, 0] = before
+            ids[row, 1 : len(text)] = text[:-1]
+            labels[row, : len(text)] = text
+        return {"input_ids": ids, "labels": labels}

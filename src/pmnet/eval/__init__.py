@@ -1,0 +1,1 @@
+"""Measurements of trained models: retrieval over distance, bits per byte."""

@@ -1,0 +1,36 @@
+"""Opening a model folder, with one clear sentence for whatever is wrong with it."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pmnet.config import PMNetConfig
+from pmnet.model.modeling import PMNetForCausalLM
+
+
+def load_model(folder: Path) -> PMNetForCausalLM:
+    """Load a PMNet from `config.json` and `model.safetensors`, in eval mode on the CPU.
+
+    Raises:
+        FileNotFoundError: if one of the two files is missing.
+        ValueError: if a file is damaged, or the two do not belong together.
+    """
+    for name in ("config.json", "model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} is not a model: it has no {name}")
+    try:
+        facts = json.loads((folder / "config.json").read_text())
+        if facts.get("model_type") != PMNetConfig.model_type:
+            raise ValueError(f"model_type is {facts.get('model_type')!r}, not {PMNetConfig.model_type!r}")
+        config = PMNetConfig.from_pretrained(folder)
+        model, report = PMNetForCausalLM.from_pretrained(
+            folder, config=config, output_loading_info=True, use_safetensors=True, local_files_only=True
+        )
+    except (SafetensorError, RuntimeError, ValueError, OSError, AttributeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(f"{folder} is not a complete PMNet model: {first}") from error
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{folder} is not a complete PMNet model: weights and config differ at {wrong[0]}")
+    return model.eval()

@@ -1,0 +1,51 @@
+"""Byte-by-byte continuation of a live state."""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from pmnet.model.cache import PMNetCache
+from pmnet.model.modeling import PMNetForCausalLM
+from pmnet.model.tokenizer import BOS
+
+
+@torch.no_grad()
+def stream_bytes(
+    model: PMNetForCausalLM,
+    prompt: bytes,
+    cache: PMNetCache,
+    count: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+) -> Iterator[bytes]:
+    """Read a prompt into `cache` and yield `count` further bytes as they are drawn.
+
+    Args:
+        model: in eval mode.
+        prompt: bytes to read first. An empty cache starts with BOS.
+        cache: state of one sequence; it has read everything yielded when the iterator ends.
+        count: bytes to draw; special tokens are never drawn.
+        temperature: 0 is greedy.
+        top_p: nucleus of the draw.
+
+    Raises:
+        ValueError: if there is neither a prompt nor a state to continue.
+    """
+    ids = ([BOS] if cache.columns == 0 else []) + list(prompt)
+    if not ids:
+        raise ValueError("continuing a saved state needs a prompt of at least one byte")
+    warpers = LogitsProcessorList()
+    if temperature not in (0.0, 1.0):
+        warpers.append(TemperatureLogitsWarper(temperature))
+    if 0.0 < top_p < 1.0:
+        warpers.append(TopPLogitsWarper(top_p))
+    step = torch.tensor([ids], device=model.device)
+    for _ in range(count):
+        scores = model(step, past_key_values=cache, logits_to_keep=1).logits[:, -1, :256].float()
+        if temperature == 0.0:
+            step = scores.argmax(-1, keepdim=True)
+        else:
+            step = torch.multinomial(warpers(step, scores).softmax(-1), 1)
+        yield bytes([int(step)])
+    model(step, past_key_values=cache)

@@ -1,0 +1,113 @@
+"""Checkpoints that appear complete or not at all, hold no pickles, and resume to the bit.
+
+A run folder holds `checkpoints/step-N/`: the model in Hugging Face format (`config.json`, `model.safetensors`),
+`optimizer.safetensors` (moments and random state) and `trainer.json` (step, schedule, task, recipe).
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pmnet.model import PMNetForCausalLM
+
+
+def save_checkpoint(
+    run: Path,
+    step: int,
+    model: PMNetForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    schedule: dict[str, Any],
+    facts: dict[str, Any],
+    keep: int = 2,
+) -> Path:
+    """Write `checkpoints/step-N` beside the others, then delete all but the newest `keep`.
+
+    Args:
+        run: run folder.
+        step: optimizer steps done.
+        model, optimizer: what to save.
+        schedule: JSON-able state of the learning-rate schedule.
+        facts: JSON-able rest (task state, recipe).
+        keep: checkpoints to keep.
+
+    Returns:
+        The folder of the checkpoint.
+
+    Raises:
+        OSError: if the disk is full or not writable; earlier checkpoints are then untouched.
+    """
+    target = run / "checkpoints" / f"step-{step}"
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial)
+        tensors = {"random": torch.get_rng_state()}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{index}.{name}": value for name, value in state.items()}
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / "optimizer.safetensors")
+        text = json.dumps({"step": step, "schedule": schedule} | facts, indent=1)
+        (partial / "trainer.json").write_text(text)
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"could not write {target}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for _, old in _complete(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run folder, or None."""
+    found = _complete(run)
+    return found[-1][1] if found else None
+
+
+def load_checkpoint(
+    folder: Path, model: PMNetForCausalLM, optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put the saved weights, moments and random state back.
+
+    Returns:
+        The state of the schedule, and the remaining facts (`step` among them).
+
+    Raises:
+        ValueError: if a file is missing, damaged or another model's; nothing has been changed then.
+    """
+    try:
+        facts = json.loads((folder / "trainer.json").read_text())
+        tensors = load_file(folder / "optimizer.safetensors")
+        weights = load_file(folder / "model.safetensors")
+        schedule = facts.pop("schedule")
+    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
+    own = model.state_dict()
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            raise ValueError(f"checkpoint {folder} is another model's: {name} {list(tensor.shape)} does not fit")
+    random = tensors.pop("random")
+    moments: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        index, field = name.split(".", 1)
+        moments.setdefault(int(index), {})[field] = tensor
+    missing = set(own) - set(weights) - {"lm_head.weight"}
+    if missing or len(moments) not in (0, len(list(model.parameters()))):
+        raise ValueError(f"checkpoint {folder} is incomplete: {len(missing)} weights and {len(moments)} moments")
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(random)
+    return schedule, facts
+
+
+def _complete(run: Path) -> list[tuple[int, Path]]:
+    folders = (run / "checkpoints").glob("step-*")
+    return sorted((int(p.name[5:]), p) for p in folders if p.name[5:].isdigit() and (p / "trainer.json").is_file())

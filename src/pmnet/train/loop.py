@@ -1,0 +1,168 @@
+"""The training loop: AdamW under `accelerate`, stopped by a signal, resumed to the bit."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import get_scheduler
+
+from pmnet.model import ByteTokenizer, PMNetForCausalLM
+from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pmnet.train.progress import Reporter
+from pmnet.train.recipes import Recipe
+from pmnet.train.tasks import Batch, Task
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot or should not go on; the message says why and what is kept."""
+
+
+def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetForCausalLM:
+    """Train to the end of the recipe, or until a signal.
+
+    Args:
+        recipe: how.
+        task: on what.
+        run: run folder; receives `checkpoints/`, `metrics.jsonl`, `tensorboard/` and finally `model/`.
+        resume: continue from the newest checkpoint of `run`.
+
+    Returns:
+        The trained model, also saved to `run/model`.
+
+    Raises:
+        TrainingStopped: on SIGINT or SIGTERM (after a checkpoint), or if the loss is no longer finite.
+        ValueError: if there is nothing to resume, or the checkpoint is damaged or of another recipe.
+        FileExistsError: if `run` holds checkpoints and `resume` is False.
+    """
+    found = latest_checkpoint(run)
+    if found is not None and not resume:
+        raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
+    if found is None and resume:
+        raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
+    set_seed(recipe.seed)
+    torch.use_deterministic_algorithms(True)
+    accelerator = Accelerator(mixed_precision=recipe.precision)
+    model = PMNetForCausalLM(recipe.model).train()
+    optimizer = build_optimizer(model, recipe)
+    schedule = build_schedule(optimizer, recipe)
+    done = 0
+    if found is not None:
+        schedule_state, facts = load_checkpoint(found, model, optimizer)
+        if facts["recipe"] != _plain(recipe.facts()):
+            raise ValueError(f"{found} was trained with another recipe; resume with the same options")
+        schedule.load_state_dict(schedule_state)
+        task.restore(facts["task"])
+        done = facts["step"]
+    prepared, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
+
+    def checkpoint(step: int) -> Path:
+        facts = {"recipe": _plain(recipe.facts()), "task": task.state()}
+        state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
+        return save_checkpoint(run, step, model, optimizer.optimizer, state, facts)
+
+    run.mkdir(parents=True, exist_ok=True)
+    reporter, saved = Reporter(run, recipe.steps, done), time.monotonic()
+    try:
+        with _signals() as received:
+            for step in range(done + 1, recipe.steps + 1):
+                index = (step - 1) * accelerator.num_processes + accelerator.process_index
+                batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
+                with accelerator.autocast():
+                    loss, correct = objective(prepared, batch)
+                accelerator.backward(loss)
+                norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
+                if not math.isfinite(loss.item()) or not math.isfinite(float(norm)):
+                    kept = latest_checkpoint(run)
+                    raise TrainingStopped(
+                        f"step {step}: loss {loss.item()}, gradient norm {float(norm)}; "
+                        f"last good checkpoint: {kept if kept else 'none yet'}"
+                    )
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                task.observe(correct.item())
+                numbers = {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
+                reporter.step({"step": step, **numbers, "rate": schedule.get_last_lr()[0], **task.state()})
+                if received or time.monotonic() - saved > recipe.checkpoint_seconds:
+                    kept, saved = checkpoint(step), time.monotonic()
+                if received:
+                    raise TrainingStopped(f"stopped by {received[0]} after step {step}; resume from {kept} with --resume")
+            checkpoint(recipe.steps)
+    finally:
+        reporter.close()
+    model.save_pretrained(run / "model")
+    ByteTokenizer().save_pretrained(run / "model")
+    return model.eval()
+
+
+def loss_of(model: PMNetForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in nats and share of right predictions over the labels of `batch` (see `Task.batch`)."""
+    labels = batch["labels"]
+    logits = model(
+        batch["input_ids"],
+        attention_mask=batch.get("attention_mask"),
+        use_cache=False,
+        logits_to_keep=labels.shape[1],
+    ).logits
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
+    counted = labels != -100
+    right = (logits.argmax(-1) == labels) & counted
+    return loss, (right.sum() / counted.sum()).detach()
+
+
+def build_optimizer(model: PMNetForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices and anchors only."""
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    plain = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:
+    """Warm-up, constant for `hold` of the steps, cosine decay to `final_rate` of the peak."""
+    held = max(0, int(recipe.hold * recipe.steps) - recipe.warmup)
+    return get_scheduler(
+        "warmup_stable_decay",
+        optimizer,
+        num_warmup_steps=recipe.warmup,
+        scheduler_specific_kwargs={
+            "num_stable_steps": held,
+            "num_decay_steps": max(1, recipe.steps - recipe.warmup - held),
+            "min_lr_ratio": recipe.final_rate,
+        },
+    )
+
+
+@contextmanager
+def _signals() -> Iterator[list[str]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one of them acts at once."""
+    received: list[str] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    previous: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts as they look after a round trip through JSON."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}

@@ -1,0 +1,66 @@
+"""What a person and a file see of a run: one live line, metrics as JSON lines and TensorBoard events."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+
+class Reporter:
+    """Live progress on a terminal (a line every ten seconds elsewhere), `metrics.jsonl` and `tensorboard/`.
+
+    Args:
+        run: run folder.
+        total: steps.
+        done: steps already done; later lines of an earlier attempt are dropped.
+    """
+
+    def __init__(self, run: Path, total: int, done: int):
+        self.console = Console(stderr=True)
+        self.path = run / "metrics.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
+        self.path.write_text("".join(line + "\n" for line in kept))
+        self.file = self.path.open("a")
+        self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
+        self.total, self.started, self.first, self.spoken = total, time.monotonic(), done, time.monotonic()
+        self.progress = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=self.console,
+            disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.bar = self.progress.add_task("training", total=total, completed=done, text="compiling")
+        self.progress.start()
+
+    def step(self, row: dict[str, Any], every: int = 10) -> None:
+        """Record one step's numbers; files get every `every`-th step and the last."""
+        step = row["step"]
+        elapsed = time.monotonic() - self.started
+        rate = (step - self.first) / elapsed
+        row = row | {"seconds": round(elapsed, 2)}
+        text = "  ".join(f"{name} {_short(value)}" for name, value in row.items() if name not in ("step", "seconds"))
+        self.progress.update(self.bar, completed=step, text=f"{text}  {rate:.1f} steps/s")
+        if not self.console.is_terminal and (time.monotonic() - self.spoken > 10 or step == self.total):
+            self.spoken = time.monotonic()
+            left = (self.total - step) / rate
+            self.console.print(f"step {step}/{self.total}  {text}  {rate:.1f} steps/s  left {left:.0f} s", highlight=False)
+        if step % every == 0 or step == self.total:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    self.board.add_scalar(f"train/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.progress.stop()
+        self.file.close()
+        self.board.close()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,109 @@
+"""Recipes: everything that decides a training run, as typed values with names."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        model: configuration of the model.
+        steps: optimizer steps.
+        batch_size: B.
+        length: T (files only; copy-paste has its own).
+        learning_rate: peak of AdamW.
+        final_rate: share of the peak left at the end.
+        hold: share of the steps at the peak before a cosine decay begins (0: plain cosine with warm-up).
+        warmup: steps.
+        weight_decay: on matrices and anchors, not on norms and biases.
+        clip: greatest gradient norm.
+        betas: of AdamW.
+        precision: `"no"` (float32) or `"bf16"` (autocast).
+        compile: trace the step with `torch.compile`.
+        seed: of initialisation and data.
+        checkpoint_seconds: time between checkpoints.
+    """
+
+    model: PMNetConfig
+    steps: int
+    batch_size: int = 32
+    length: int = 512
+    learning_rate: float = 5e-4
+    final_rate: float = 0.1
+    hold: float = 0.0
+    warmup: int = 100
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    precision: str = "no"
+    compile: bool = True
+    seed: int = 0
+    checkpoint_seconds: float = 120.0
+    task: dict[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """The recipe as JSON-able values; the model's configuration is stored beside its weights."""
+        return {name: value for name, value in asdict(self).items() if name != "model"}
+
+
+def demo_model() -> PMNetConfig:
+    """Two layers, two levels, window 8: small enough to learn copy-paste on two CPU cores in minutes."""
+    return PMNetConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        sliding_window=8,
+        memory_size=64,
+        memory_write_period=1,
+        phase_bits=7,
+        initializer_gain=0.45,
+        anchor_initializer_range=0.5,
+        rope_theta=1e4,
+    )
+
+
+def copy_paste_demo() -> Recipe:
+    """Copy-paste of 8 letters behind random filler, trained just beyond the attention's reach."""
+    return Recipe(
+        model=demo_model(), steps=6000, batch_size=32, learning_rate=3e-3, final_rate=0.01, hold=0.4, task={"longest": 8}
+    )
+
+
+def lm_tiny() -> Recipe:
+    """A byte language model of about 1.5 M parameters for minutes to hours on a CPU."""
+    model = PMNetConfig(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=32,
+        sliding_window=32,
+        memory_size=32,
+        memory_write_period=1,
+        phase_bits=7,
+        initializer_gain=0.45,
+        rope_theta=1e4,
+    )
+    return Recipe(model=model, steps=2000, batch_size=16, length=256, learning_rate=3e-3)
+
+
+def lm_30m() -> Recipe:
+    """The smaller published variant with its published optimizer."""
+    return Recipe(model=pmnet_30m(), steps=100_000, batch_size=16, length=1024, precision="bf16")
+
+
+def lm_119m() -> Recipe:
+    """The published model; 18.8 billion bytes in all."""
+    return Recipe(model=pmnet_119m(), steps=143_433, batch_size=32, length=4096, precision="bf16")
+
+
+COPY_PASTE = {"demo": copy_paste_demo}
+LANGUAGE_MODEL = {"tiny": lm_tiny, "30m": lm_30m, "119m": lm_119m}
