@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging as transformers_logging
 
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.eval.bits import bits_per_byte
@@ -23,7 +24,7 @@ from pmnet.train.loop import TrainingStopped, train
 from pmnet.train.recipes import COPY_PASTE, LANGUAGE_MODEL
 from pmnet.train.tasks import ByteTask, CopyCurriculum, Task
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Phasor Memory Networks.")
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 app.add_typer(evaluate, name="eval")
 out = Console()
@@ -42,6 +43,13 @@ def _plain_errors() -> Iterator[None]:
     except (OSError, ValueError) as error:
         print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
+
+
+@app.callback()
+def _quiet() -> None:
+    """Phasor Memory Networks: train, measure and use language models with a writable memory."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
 
 
 @app.command("train")
@@ -160,11 +168,13 @@ def generate_command(
         cache = PMNetCache.load(state) if state else PMNetCache(network.config)
         cache.check_fits(network.config, 1)
         torch.manual_seed(seed)
-        sys.stdout.write(prompt)
-        for byte in stream_bytes(network, prompt.encode("utf-8", "surrogateescape"), cache, count, temperature, top_p):
-            sys.stdout.buffer.write(byte)
-            sys.stdout.flush()
-        sys.stdout.write("\n")
+        text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer
+        terminal.write(text)
+        for byte in stream_bytes(network, text, cache, count, temperature, top_p):
+            terminal.write(byte)
+            terminal.flush()
+        terminal.write(b"\n")
+        terminal.flush()
         if save_state:
             cache.save(save_state)
 

@@ -6,6 +6,8 @@ Symbols used throughout the package:
     G groups of one level (N**level).
 """
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 
@@ -71,6 +73,10 @@ class PMNetConfig(PreTrainedConfig):
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257
     eos_token_id: int | None = 258
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
 
     def validate_architecture(self) -> None:
         """Reject a configuration that describes no model, with the name of the field at fault."""

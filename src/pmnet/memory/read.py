@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pmnet.config import PMNetConfig
 from pmnet.memory.routing import address, to_angle
-from pmnet.ops import Linear, row_stable_linear
+from pmnet.ops import Linear, RMSNorm, row_stable_linear
 
 
 class MemoryRead(nn.Module):
@@ -22,7 +22,7 @@ class MemoryRead(nn.Module):
         super().__init__()
         self.heads, self.size = config.num_memory_read_heads, config.memory_size
         width = self.heads * self.size
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.proj_q = Linear(config.hidden_size, width)
         self.proj_kv = Linear(2 * self.size, 2 * width)
         self.proj_out = Linear(width, config.hidden_size)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pmnet.config import PMNetConfig
 from pmnet.memory.routing import address, child_group, geometry, to_angle, visited_anchors
-from pmnet.ops import Linear, phase_write
+from pmnet.ops import Linear, RMSNorm, phase_write
 
 
 class Visit(NamedTuple):
@@ -34,7 +34,7 @@ class MemoryWrite(nn.Module):
         super().__init__()
         self.config = config
         size = config.memory_size
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.proj_q = Linear(config.hidden_size, size)
         self.proj_k = Linear(2 * size, size)
         self.proj_v = Linear(config.hidden_size, size)

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pmnet.config import PMNetConfig
 from pmnet.model.window import Window
-from pmnet.ops import Linear
+from pmnet.ops import Linear, RMSNorm
 
 
 class Rotary(NamedTuple):
@@ -58,8 +58,8 @@ class SlidingWindowAttention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv_heads * width, bias=False)
         self.v_proj = Linear(config.hidden_size, kv_heads * width, bias=False)
         self.o_proj = Linear(heads * width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(width, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(width, eps=config.rms_norm_eps)
 
     def forward(
         self, hidden: Tensor, rotary: Rotary, window: Window, past: PastKeys | None

@@ -8,7 +8,7 @@ from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryRead, MemoryWrite, Tokens, Visit
 from pmnet.model.attention import PastKeys, Rotary, SlidingWindowAttention
 from pmnet.model.window import Window
-from pmnet.ops import Linear
+from pmnet.ops import Linear, RMSNorm
 
 
 class SwiGLU(nn.Module):
@@ -37,11 +37,11 @@ class PMNetBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: PMNetConfig, layer_idx: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = SlidingWindowAttention(config, layer_idx)
         self.memory_write_module = MemoryWrite(config) if config.writes(layer_idx) else None
         self.memory_read_module = MemoryRead(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = SwiGLU(config)
 
     def forward(

@@ -27,7 +27,7 @@ def load_model(folder: Path) -> PMNetForCausalLM:
         model, report = PMNetForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, use_safetensors=True, local_files_only=True
         )
-    except (SafetensorError, RuntimeError, ValueError, OSError, AttributeError) as error:
+    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} is not a complete PMNet model: {first}") from error
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]

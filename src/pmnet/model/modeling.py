@@ -19,7 +19,7 @@ from pmnet.model.attention import rotary_angles
 from pmnet.model.block import PMNetBlock
 from pmnet.model.cache import PMNetCache
 from pmnet.model.chunk import read_chunk
-from pmnet.ops import Linear
+from pmnet.ops import Linear, RMSNorm
 
 
 class PMNetPreTrainedModel(PreTrainedModel):
@@ -59,7 +59,7 @@ class PMNetModel(PMNetPreTrainedModel):
             nn.Parameter(torch.empty(config.memory_shape(level))) for level in range(config.num_levels)
         )
         self.layers = nn.ModuleList(PMNetBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 

@@ -20,6 +20,7 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *x.shape[2:])
 
 
+@torch.library.custom_op("pmnet::lookup", mutates_args=())
 def lookup(table: Tensor, index: Tensor) -> Tensor:
     """Rows `table[index]` of a small table, whose gradient is a matrix product.
 
@@ -33,19 +34,24 @@ def lookup(table: Tensor, index: Tensor) -> Tensor:
     Returns:
         `[*index.shape, C]`.
     """
-    return _Lookup.apply(table, index)
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
 
 
-class _Lookup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.groups = table.shape[0]
-        return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
+@lookup.register_fake
+def _(table: Tensor, index: Tensor) -> Tensor:
+    return table.new_empty(*index.shape, table.shape[1])
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
-        gradient = grads[0].flatten(0, -2)
-        chosen = torch.arange(ctx.groups, device=index.device).unsqueeze(1) == index.flatten()
-        return chosen.to(gradient.dtype) @ gradient, None
+
+def _save_index(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.groups = inputs[0].shape[0]
+
+
+def _gradient_of_table(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    (index,) = ctx.saved_tensors
+    gradient = upstream.flatten(0, -2)
+    chosen = torch.arange(ctx.groups, device=index.device).unsqueeze(1) == index.flatten()
+    return chosen.to(gradient.dtype) @ gradient, None
+
+
+lookup.register_autograd(_gradient_of_table, setup_context=_save_index)

@@ -45,3 +45,11 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         return row_stable_linear(input, self.weight, self.bias)
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` in the dtype of its weight, so that autocast does not compute it in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`, in the dtype of the weight."""
+        return super().forward(x.to(self.weight.dtype))

@@ -60,7 +60,9 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
         schedule_state, facts = load_checkpoint(found, model, optimizer)
         if facts["recipe"] != _plain(recipe.facts()):
             raise ValueError(f"{found} was trained with another recipe; resume with the same options")
-        schedule.load_state_dict(schedule_state)
+        schedule.load_state_dict(schedule_state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
         task.restore(facts["task"])
         done = facts["step"]
     prepared, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)

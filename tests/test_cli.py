@@ -1,0 +1,123 @@
+"""The command line: real input, and one clear sentence for bad input."""
+
+import json
+
+import pytest
+import torch
+
+import pmnet
+from tests.conftest import run_cli, small_model
+
+
+@pytest.fixture
+def model(tmp_path):
+    small_model("deep").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"It was a dark and stormy night; the rain fell in torrents. " * 30)
+    return path
+
+
+def fails(arguments, *words):
+    code, printed = run_cli(list(map(str, arguments)))
+    assert code == 1
+    lines = [line for line in printed.splitlines() if line.startswith("pmnet:")]
+    assert len(lines) == 1
+    assert "Traceback" not in printed
+    for word in words:
+        assert word in lines[0]
+
+
+def test_train_eval_generate(text, tmp_path):
+    run = tmp_path / "run"
+    common = ["train", "--data", text, "--run", run, "--steps", 3, "--batch-size", 2, "--length", 16, "--no-compile"]
+    assert run_cli(list(map(str, common)))[0] == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["recipe"]["steps"] == 3
+    assert config["versions"]["torch"] == torch.__version__
+    code, printed = run_cli(["eval", "bits", str(run / "model"), "--data", str(text), "--save", str(run / "bits.json")])
+    assert code == 0
+    assert f"{text.stat().st_size:,} bytes" in printed
+    assert 0 < json.loads((run / "bits.json").read_text())["bits_per_byte"] < 9
+    code, printed = run_cli(["generate", str(run / "model"), "--prompt", "It was", "--bytes", "5"])
+    assert code == 0
+    assert printed.startswith("It was")
+
+
+def test_bits_are_those_of_one_parallel_pass(model, text):
+    network = pmnet.PMNetForCausalLM.from_pretrained(model)
+    data = torch.tensor([[257, *text.read_bytes()]])
+    with torch.no_grad():
+        loss = network(data, labels=data).loss.item()
+    _, printed = run_cli(["eval", "bits", str(model), "--data", str(text)])
+    assert abs(float(printed.split()[0]) - loss / 0.6931471805599453) < 1e-3
+
+
+def test_retrieval_table_is_stored(model, tmp_path):
+    arguments = ["eval", "retrieval", str(model), "--strings", "8", "--length", "2", "--multiples", "0.5,3"]
+    code, printed = run_cli([*arguments, "--save", str(tmp_path / "result")])
+    assert code == 0
+    stored = json.loads((tmp_path / "result" / "retrieval.json").read_text())
+    assert [cell["gap"] for cell in stored["cells"]] == [8, 48]
+    assert stored["commit"] is None or len(stored["commit"]) >= 40
+    assert (tmp_path / "result" / "retrieval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_state_continues_in_another_process(model, tmp_path):
+    start = ["generate", str(model), "--temperature", "0"]
+    _, whole = run_cli([*start, "--prompt", "abc", "--bytes", "4"])
+    state = str(tmp_path / "state.safetensors")
+    run_cli([*start, "--prompt", "a", "--bytes", "1", "--save-state", state])
+    assert whole
+    cache = pmnet.PMNetCache.load(state)
+    assert cache.seen.tolist() == [3]  # BOS, the prompt, the byte that was written
+
+
+def test_bad_data_is_named(model, tmp_path):
+    empty = tmp_path / "empty"
+    empty.write_bytes(b"")
+    folder = tmp_path / "hollow"
+    folder.mkdir()
+    fails(["train", "--data", tmp_path / "nowhere", "--run", tmp_path / "r"], "no file or folder at", "nowhere")
+    fails(["train", "--data", empty, "--run", tmp_path / "r"], "empty")
+    fails(["train", "--data", folder, "--run", tmp_path / "r"], "no bytes", "hollow")
+    fails(["train", "--run", tmp_path / "r"], "--data")
+    fails(["train", "poetry"], "unknown task 'poetry'")
+    fails(["train", "--preset", "huge", "--data", empty], "unknown preset 'huge'")
+    fails(["eval", "bits", model, "--data", tmp_path / "nowhere"], "nowhere")
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_models_are_named(model, text, tmp_path):
+    fails(["eval", "bits", tmp_path / "nothing", "--data", text], "is not a model", "config.json")
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    fails(["eval", "bits", model, "--data", text], "not a complete PMNet model")
+    weights.write_bytes(whole)
+    settings = json.loads((model / "config.json").read_text())
+    for change, word in (
+        ({"memory_write_period": 2}, "memory_write_period"),
+        ({"sliding_window": 0}, "sliding_window"),
+        ({"num_memory": 1}, "num_memory"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": 40}, "not a complete PMNet model"),
+        ({"model_type": "llama"}, "model_type"),
+    ):
+        (model / "config.json").write_text(json.dumps(settings | change))
+        fails(["generate", model], word)
+    (model / "config.json").write_text("{")
+    fails(["generate", model], "not a complete PMNet model")
+
+
+def test_a_foreign_state_is_named(model, tmp_path):
+    other = tmp_path / "state.safetensors"
+    pmnet.PMNetCache(small_model("wide").config).save(other)
+    fails(["generate", model, "--state", other, "--prompt", "x"], "does not fit", "memory.0")
+    other.write_bytes(other.read_bytes()[:50])
+    fails(["generate", model, "--state", other, "--prompt", "x"], "damaged")
+    fails(["generate", model, "--state", tmp_path / "none", "--prompt", "x"], "no state file")
