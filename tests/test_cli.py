@@ -59,8 +59,7 @@ def test_bits_are_those_of_one_parallel_pass(model, text):
 
 def test_retrieval_table_is_stored(model, tmp_path):
     arguments = ["eval", "retrieval", str(model), "--strings", "8", "--length", "2", "--multiples", "0.5,3"]
-    code, printed = run_cli([*arguments, "--save", str(tmp_path / "result")])
-    assert code == 0
+    assert run_cli([*arguments, "--save", str(tmp_path / "result")])[0] == 0
     stored = json.loads((tmp_path / "result" / "retrieval.json").read_text())
     assert [cell["gap"] for cell in stored["cells"]] == [8, 48]
     assert stored["commit"] is None or len(stored["commit"]) >= 40

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -75,7 +75,7 @@ def train_command(
         name = preset or next(iter(recipes))
         if name not in recipes:
             raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
-        changes = {
+        changes: dict[str, Any] = {
             "steps": steps, "batch_size": batch_size, "length": length, "learning_rate": learning_rate, "seed": seed,
             "compile": compile, "checkpoint_seconds": checkpoint_seconds,
         }  # fmt: skip

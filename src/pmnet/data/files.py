@@ -73,10 +73,10 @@ def open_files(paths: list[Path]) -> ByteFiles:
 
 
 class RandomWindows:
-    """Training batches: windows of `length + 1` bytes drawn uniformly from all files.
+    """Training batches: windows of `length` bytes drawn uniformly from all files.
 
-    A window never crosses a file; a shorter file is padded at the end (label -100). Batch i is a function of the seed and i alone,
-    so the cursor of a resumed run is one number.
+    A window never crosses a file; a shorter file is padded at the end (label -100). Batch i is a function of the
+    seed and i alone, so the cursor of a resumed run is one number.
 
     Args:
         files: what to draw from.

@@ -15,7 +15,10 @@ CHUNK = 2048
 
 @torch.no_grad()
 def bits_per_byte(
-    model: PMNetForCausalLM, files: ByteFiles, limit: int | None = None, on_bytes: Callable[[int], None] = lambda n: None
+    model: PMNetForCausalLM,
+    files: ByteFiles,
+    limit: int | None = None,
+    on_bytes: Callable[[int], None] = lambda count: None,
 ) -> tuple[float, int]:
     """Stream every file through the model with constant memory.
 

@@ -17,7 +17,7 @@ def to_angle(x: Tensor) -> Tensor:
 
 
 def visited_anchors(anchors: Tensor, groups: Tensor) -> Tensor:
-    """Anchors `[G, N, M]` of the groups `[B, T]` that positions visit: radians, `[B, T, N, M]`, never half precision."""
+    """Anchors `[G, N, M]` of the visited groups `[B, T]`: radians, `[B, T, N, M]`, never half precision."""
     table = anchors.flatten(1)
     rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
     return rows.view(*groups.shape, *anchors.shape[1:])

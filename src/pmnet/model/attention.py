@@ -61,9 +61,7 @@ class SlidingWindowAttention(nn.Module):
         self.q_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(width, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden: Tensor, rotary: Rotary, window: Window, past: PastKeys | None
-    ) -> tuple[Tensor, PastKeys]:
+    def forward(self, hidden: Tensor, rotary: Rotary, window: Window, past: PastKeys | None) -> tuple[Tensor, PastKeys]:
         """Attend within the window.
 
         Args:

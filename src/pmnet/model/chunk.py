@@ -92,8 +92,8 @@ def read_chunk(
         rows = ids.expand(batch, length)
         return rows if order is None else rows.gather(1, order)
 
-    fresh = cache is None or cache.columns == 0
-    expected = None if fresh else cache.next_position.unsqueeze(1)
+    past = None if cache is None or cache.columns == 0 else cache
+    expected = None if past is None else past.next_position.unsqueeze(1)
     documents = None
     if position_ids is not None:
         positions = compacted("position_ids", position_ids)
@@ -113,8 +113,8 @@ def read_chunk(
         config.sliding_window,
         (batch, length),
         device,
-        None if fresh else cache.seen,
-        None if fresh else cache.in_document,
+        None if past is None else past.seen,
+        None if past is None else past.in_document,
         counts,
         documents,
     )

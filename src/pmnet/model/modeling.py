@@ -106,11 +106,13 @@ class PMNetModel(PMNetPreTrainedModel):
         Raises:
             ValueError: if ids are out of range, shapes do not agree, or the state is another model's.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if input_ids is not None:
+        if inputs_embeds is not None and input_ids is None:
+            hidden = inputs_embeds
+        elif input_ids is not None and inputs_embeds is None:
             _check_ids(input_ids, self.config.vocab_size)
-        hidden = inputs_embeds if input_ids is None else self.embed_tokens(input_ids)
+            hidden = self.embed_tokens(input_ids)
+        else:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None:
             _check_cache(past_key_values, self.config, hidden.shape[0])
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:

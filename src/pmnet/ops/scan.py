@@ -37,9 +37,7 @@ def plan_segments(segments: Tensor, groups: int, documents: Tensor | None, valid
         keys = torch.where(valid, keys, _NOWHERE)
     keys, order = torch.sort(keys, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, _positions(order))
-    return SegmentPlan(
-        order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys
-    )
+    return SegmentPlan(order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys)
 
 
 def phase_scan(

@@ -51,7 +51,8 @@ def save_checkpoint(
         tensors = {"random": torch.get_rng_state()}
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{index}.{name}": value for name, value in state.items()}
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial / "optimizer.safetensors")
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, partial / "optimizer.safetensors")
         text = json.dumps({"step": step, "schedule": schedule} | facts, indent=1)
         (partial / "trainer.json").write_text(text)
         shutil.rmtree(target, ignore_errors=True)

@@ -99,7 +99,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
                 if received or time.monotonic() - saved > recipe.checkpoint_seconds:
                     kept, saved = checkpoint(step), time.monotonic()
                 if received:
-                    raise TrainingStopped(f"stopped by {received[0]} after step {step}; resume from {kept} with --resume")
+                    raise TrainingStopped(f"stopped by {received[0]} after step {step}; --resume continues from {kept}")
             checkpoint(recipe.steps)
     finally:
         reporter.close()
@@ -155,9 +155,7 @@ def _signals() -> Iterator[list[str]]:
         received.append(signal.Signals(number).name)
         signal.signal(number, previous[number])
 
-    previous: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, note)
+    previous: dict[int, Any] = {int(name): signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:

@@ -47,7 +47,8 @@ class Reporter:
         if not self.console.is_terminal and (time.monotonic() - self.spoken > 10 or step == self.total):
             self.spoken = time.monotonic()
             left = (self.total - step) / rate
-            self.console.print(f"step {step}/{self.total}  {text}  {rate:.1f} steps/s  left {left:.0f} s", highlight=False)
+            line = f"step {step}/{self.total}  {text}  {rate:.1f} steps/s  left {left:.0f} s"
+            self.console.print(line, highlight=False)
         if step % every == 0 or step == self.total:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

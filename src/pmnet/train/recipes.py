@@ -72,7 +72,13 @@ def demo_model() -> PMNetConfig:
 def copy_paste_demo() -> Recipe:
     """Copy-paste of 8 letters behind random filler, trained just beyond the attention's reach."""
     return Recipe(
-        model=demo_model(), steps=6000, batch_size=32, learning_rate=3e-3, final_rate=0.01, hold=0.4, task={"longest": 8}
+        model=demo_model(),
+        steps=6000,
+        batch_size=32,
+        learning_rate=3e-3,
+        final_rate=0.01,
+        hold=0.4,
+        task={"longest": 8},
     )
 
 

@@ -99,9 +99,7 @@ class CopyCurriculum:
         shorter = int(torch.randint(1, self.length + 1, (), generator=generator))
         self.drawn = shorter if review else self.length
         widest = self.gap if self.length == self.longest else self.narrow
-        drawn = copy_batch(
-            self.batch_size, self.drawn, (self.reach, self.reach + widest), 1, generator, self.width
-        )
+        drawn = copy_batch(self.batch_size, self.drawn, (self.reach, self.reach + widest), 1, generator, self.width)
         labels = torch.full((self.batch_size, self.longest), -100)
         labels[:, self.longest - self.drawn :] = drawn.strings
         return {
