@@ -109,3 +109,17 @@ def test_published_sizes():
     assert sum(p.numel() for p in model.parameters()) == 118_970_368
     assert model.config.num_groups == 85
     assert model.config.receptive_field == 1525
+
+
+def test_a_published_checkpoint_folder_loads_directly(tmp_path):
+    """Config keys and tensor names as published, opened with the Auto classes; no conversion, no remote code."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    golden = Golden("parity_period3")
+    (tmp_path / "config.json").write_text(json.dumps(golden.config | {"model_type": "PMNet", "memory_cumsum": True}))
+    weights = {key[7:]: value for key, value in golden.tensors.items() if key.startswith("weight.")}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert (model(golden.ids).logits - golden.tensors["logits"]).abs().max() < 1e-3

@@ -63,6 +63,7 @@ def train_command(
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
+    precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
     compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
     checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0)] = None,
     resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
@@ -77,7 +78,7 @@ def train_command(
             raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
         changes: dict[str, Any] = {
             "steps": steps, "batch_size": batch_size, "length": length, "learning_rate": learning_rate, "seed": seed,
-            "compile": compile, "checkpoint_seconds": checkpoint_seconds,
+            "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
         }  # fmt: skip
         recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
         source: Task

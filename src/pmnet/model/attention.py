@@ -31,11 +31,23 @@ def rotary_angles(config: PMNetConfig, positions: Tensor, dtype: torch.dtype) ->
 
     Angles are computed in float64 and only cos and sin are rounded, so position 1e7 is as exact as position 1.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64, device=positions.device) / config.head_dim
-    angles = positions.double().unsqueeze(-1) * config.rope_theta**-exponents
+    table = _rotary_table(positions, config.head_dim, config.rope_theta)
+    cos, sin = table if dtype == torch.float64 else table.float()
+    return Rotary(cos, sin)
+
+
+@torch.library.custom_op("pmnet::rotary_table", mutates_args=())
+def _rotary_table(positions: Tensor, width: int, theta: float) -> Tensor:
+    """Cosines and sines, float64 `[2, B or 1, T, 1, E]`. One operator, lest a compiler repeats it in every use."""
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    angles = positions.double().unsqueeze(-1) * theta**-exponents
     angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return Rotary(angles.cos().to(wide), angles.sin().to(wide))
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+@_rotary_table.register_fake
+def _(positions: Tensor, width: int, theta: float) -> Tensor:
+    return positions.new_empty(2, *positions.shape, 1, width, dtype=torch.float64)
 
 
 class PastKeys(NamedTuple):

@@ -50,8 +50,8 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
     set_seed(recipe.seed)
-    torch.use_deterministic_algorithms(True)
     accelerator = Accelerator(mixed_precision=recipe.precision)
+    torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
     model = PMNetForCausalLM(recipe.model).train()
     optimizer = build_optimizer(model, recipe)
     schedule = build_schedule(optimizer, recipe)
@@ -68,13 +68,22 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     prepared, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
     objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
 
-    def checkpoint(step: int) -> Path:
+    def checkpoint(step: int) -> Path | None:
+        accelerator.wait_for_everyone()
+        if not accelerator.is_main_process:
+            return None
         facts = {"recipe": _plain(recipe.facts()), "task": task.state()}
         state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
         return save_checkpoint(run, step, model, optimizer.optimizer, state, facts)
 
+    def anywhere(flag: bool) -> bool:
+        """Whether any process raised the flag; all processes must stop after the same step."""
+        if accelerator.num_processes == 1:
+            return flag
+        return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+
     run.mkdir(parents=True, exist_ok=True)
-    reporter, saved = Reporter(run, recipe.steps, done), time.monotonic()
+    reporter, saved = Reporter(run, recipe.steps, done, accelerator.is_main_process), time.monotonic()
     try:
         with _signals() as received:
             for step in range(done + 1, recipe.steps + 1):
@@ -96,15 +105,19 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
                 task.observe(correct.item())
                 numbers = {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
                 reporter.step({"step": step, **numbers, "rate": schedule.get_last_lr()[0], **task.state()})
-                if received or time.monotonic() - saved > recipe.checkpoint_seconds:
+                stop = anywhere(bool(received))
+                if stop or anywhere(time.monotonic() - saved > recipe.checkpoint_seconds):
                     kept, saved = checkpoint(step), time.monotonic()
-                if received:
-                    raise TrainingStopped(f"stopped by {received[0]} after step {step}; --resume continues from {kept}")
+                if stop:
+                    name = received[0] if received else "another process"
+                    raise TrainingStopped(f"stopped by {name} after step {step}; --resume continues from {kept}")
             checkpoint(recipe.steps)
     finally:
         reporter.close()
-    model.save_pretrained(run / "model")
-    ByteTokenizer().save_pretrained(run / "model")
+        torch.use_deterministic_algorithms(False)
+    if accelerator.is_main_process:
+        model.save_pretrained(run / "model")
+        ByteTokenizer().save_pretrained(run / "model")
     return model.eval()
 
 

@@ -17,9 +17,13 @@ class Reporter:
         run: run folder.
         total: steps.
         done: steps already done; later lines of an earlier attempt are dropped.
+        speaks: False on all processes but the main one: nothing is shown or written.
     """
 
-    def __init__(self, run: Path, total: int, done: int):
+    def __init__(self, run: Path, total: int, done: int, speaks: bool = True):
+        self.speaks = speaks
+        if not speaks:
+            return
         self.console = Console(stderr=True)
         self.path = run / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
@@ -38,6 +42,8 @@ class Reporter:
 
     def step(self, row: dict[str, Any], every: int = 10) -> None:
         """Record one step's numbers; files get every `every`-th step and the last."""
+        if not self.speaks:
+            return
         step = row["step"]
         elapsed = time.monotonic() - self.started
         rate = (step - self.first) / elapsed
@@ -58,6 +64,8 @@ class Reporter:
 
     def close(self) -> None:
         """Flush and close everything."""
+        if not self.speaks:
+            return
         self.progress.stop()
         self.file.close()
         self.board.close()
