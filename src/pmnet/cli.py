@@ -20,6 +20,7 @@ from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
 from pmnet.report.plots import plot_retrieval
 from pmnet.report.provenance import provenance, write_json
+from pmnet.train.checkpoint import starting_point
 from pmnet.train.loop import TrainingStopped, train
 from pmnet.train.recipes import COPY_PASTE, LANGUAGE_MODEL
 from pmnet.train.tasks import ByteTask, CopyCurriculum, Task
@@ -88,6 +89,7 @@ def train_command(
             source = ByteTask(RandomWindows(open_files(data), recipe.length, recipe.batch_size, recipe.seed))
         else:
             source = CopyCurriculum(recipe.model.receptive_field, recipe.seed, recipe.batch_size, **recipe.task)
+        starting_point(run, resume)
         write_json(run / "config.json", {**provenance(), "task": task, "preset": name, "recipe": recipe.facts(),
                                          "model": recipe.model.to_dict()})  # fmt: skip
         train(recipe, source, run, resume)
@@ -109,13 +111,13 @@ def retrieval_command(
         reach = network.config.receptive_field
         gaps = sorted({max(1, round(float(part) * reach)) for part in multiples.split(",")})
         table = Table(title=f"copy-paste of {length} letters, {strings} strings per distance, reach {reach}")
-        for title in ("gap", "x reach", "exact", "95 % interval", "per letter", "memory off", "per letter"):
+        for title in ("gap", "x reach", "exact", "95 %", "per letter", "memory off", "per letter"):
             table.add_column(title, justify="right")
 
         def show(cell: Cell) -> None:
             table.add_row(
-                f"{cell.gap:,}", f"{cell.gap / reach:.2f}", f"{cell.exact:.1%}", f"{cell.low:.1%} - {cell.high:.1%}",
-                f"{cell.letters:.2%}", f"{cell.control:.1%}", f"{cell.control_letters:.2%}",
+                f"{cell.gap:,}", f"{cell.gap / reach:.2f}", f"{cell.exact:.1%}",
+                f"{100 * cell.low:.1f}-{100 * cell.high:.1f} %", f"{cell.letters:.2%}", f"{cell.control:.1%}", f"{cell.control_letters:.2%}",
             )  # fmt: skip
 
         cells = retrieval_table(network, gaps, length, strings, seed, on_row=show)

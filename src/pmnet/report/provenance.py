@@ -16,7 +16,7 @@ import torch
 def provenance() -> dict[str, Any]:
     """Command line, date, commit, versions and machine of this process."""
     return {
-        "command": " ".join(["pmnet", *sys.argv[1:]]),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {name: version(name) for name in ("pmnet", "torch", "transformers", "numpy")}

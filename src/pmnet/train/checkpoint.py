@@ -66,6 +66,21 @@ def save_checkpoint(
     return target
 
 
+def starting_point(run: Path, resume: bool) -> Path | None:
+    """The checkpoint that a run starts from; None for a fresh one.
+
+    Raises:
+        FileExistsError: if `run` holds checkpoints and `resume` is False.
+        ValueError: if `resume` is True and there are none.
+    """
+    found = latest_checkpoint(run)
+    if found is not None and not resume:
+        raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
+    if found is None and resume:
+        raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
+    return found
+
+
 def latest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, or None."""
     found = _complete(run)

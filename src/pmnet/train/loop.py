@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import get_scheduler
 
 from pmnet.model import ByteTokenizer, PMNetForCausalLM
-from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, starting_point
 from pmnet.train.progress import Reporter
 from pmnet.train.recipes import Recipe
 from pmnet.train.tasks import Batch, Task
@@ -44,11 +44,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
         ValueError: if there is nothing to resume, or the checkpoint is damaged or of another recipe.
         FileExistsError: if `run` holds checkpoints and `resume` is False.
     """
-    found = latest_checkpoint(run)
-    if found is not None and not resume:
-        raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
-    if found is None and resume:
-        raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
+    found = starting_point(run, resume)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision)
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum

@@ -63,8 +63,9 @@ class ByteTask:
 class CopyCurriculum:
     """Copy-paste with strings that grow: k rises by one whenever the current length is mostly right.
 
-    Gaps are always beyond the attention's reach: a target within reach is relayed through attention, and the memory
-    is never learned. They start narrow and, once strings have their full length, widen to `gap`.
+    While strings grow, gaps are always beyond the attention's reach: a target within reach is relayed through
+    attention, and the memory is never learned. They start narrow and, once strings have their full length, widen to
+    `gap`; one batch in eight then also has gaps within reach.
 
     Attributes:
         reach: receptive field of the attention stack, in positions.
@@ -98,8 +99,10 @@ class CopyCurriculum:
         review = torch.rand((), generator=generator).item() < 0.3
         shorter = int(torch.randint(1, self.length + 1, (), generator=generator))
         self.drawn = shorter if review else self.length
-        widest = self.gap if self.length == self.longest else self.narrow
-        drawn = copy_batch(self.batch_size, self.drawn, (self.reach, self.reach + widest), 1, generator, self.width)
+        grown = self.length == self.longest
+        near = grown and torch.rand((), generator=generator).item() < 1 / 8
+        gaps = (0 if near else self.reach, self.reach + (self.gap if grown else self.narrow))
+        drawn = copy_batch(self.batch_size, self.drawn, gaps, 1, generator, self.width)
         labels = torch.full((self.batch_size, self.longest), -100)
         labels[:, self.longest - self.drawn :] = drawn.strings
         return {
