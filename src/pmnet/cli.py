@@ -117,7 +117,8 @@ def retrieval_command(
         def show(cell: Cell) -> None:
             table.add_row(
                 f"{cell.gap:,}", f"{cell.gap / reach:.2f}", f"{cell.exact:.1%}",
-                f"{100 * cell.low:.1f}-{100 * cell.high:.1f} %", f"{cell.letters:.2%}", f"{cell.control:.1%}", f"{cell.control_letters:.2%}",
+                f"{100 * cell.low:.1f}-{100 * cell.high:.1f} %", f"{cell.letters:.2%}",
+                f"{cell.control:.1%}", f"{cell.control_letters:.2%}",
             )  # fmt: skip
 
         cells = retrieval_table(network, gaps, length, strings, seed, on_row=show)

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+SHOWN = ("loss", "correct", "length")
+
 
 class Reporter:
     """Live progress on a terminal (a line every ten seconds elsewhere), `metrics.jsonl` and `tensorboard/`.
@@ -48,7 +50,7 @@ class Reporter:
         elapsed = time.monotonic() - self.started
         rate = (step - self.first) / elapsed
         row = row | {"seconds": round(elapsed, 2)}
-        text = "  ".join(f"{name} {_short(value)}" for name, value in row.items() if name not in ("step", "seconds"))
+        text = "  ".join(f"{name} {_short(row[name])}" for name in SHOWN if name in row)
         self.progress.update(self.bar, completed=step, text=f"{text}  {rate:.1f} steps/s")
         if not self.console.is_terminal and (time.monotonic() - self.spoken > 10 or step == self.total):
             self.spoken = time.monotonic()
