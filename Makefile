@@ -14,7 +14,7 @@ RUN ?= runs/demo
 # Trains copy-paste from scratch, then measures it over distance with the memory on and off.
 demo: .venv/installed
 	@test ! -e $(RUN) || mv $(RUN) $(RUN)-$$(date +%Y%m%d-%H%M%S)
-	$(BIN)/pmnet train copy-paste --preset demo --run $(RUN)
+	$(BIN)/pmnet train copy-paste --preset demo --out $(RUN)
 	$(BIN)/pmnet eval retrieval $(RUN)/model --save $(RUN)
 
 test: .venv/installed lint

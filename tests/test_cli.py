@@ -34,7 +34,7 @@ def fails(arguments, *words):
 
 def test_train_eval_generate(text, tmp_path):
     run = tmp_path / "run"
-    common = ["train", "--data", text, "--run", run, "--steps", 3, "--batch-size", 2, "--length", 16, "--no-compile"]
+    common = ["train", "--data", text, "--out", run, "--steps", 3, "--batch-size", 2, "--length", 16, "--no-compile"]
     assert run_cli(list(map(str, common)))[0] == 0
     config = json.loads((run / "config.json").read_text())
     assert config["recipe"]["steps"] == 3
@@ -81,10 +81,10 @@ def test_bad_data_is_named(model, tmp_path):
     empty.write_bytes(b"")
     folder = tmp_path / "hollow"
     folder.mkdir()
-    fails(["train", "--data", tmp_path / "nowhere", "--run", tmp_path / "r"], "no file or folder at", "nowhere")
-    fails(["train", "--data", empty, "--run", tmp_path / "r"], "empty")
-    fails(["train", "--data", folder, "--run", tmp_path / "r"], "no bytes", "hollow")
-    fails(["train", "--run", tmp_path / "r"], "--data")
+    fails(["train", "--data", tmp_path / "nowhere", "--out", tmp_path / "r"], "no file or folder at", "nowhere")
+    fails(["train", "--data", empty, "--out", tmp_path / "r"], "empty")
+    fails(["train", "--data", folder, "--out", tmp_path / "r"], "no bytes", "hollow")
+    fails(["train", "--out", tmp_path / "r"], "--data")
     fails(["train", "poetry"], "unknown task 'poetry'")
     fails(["train", "--preset", "huge", "--data", empty], "unknown preset 'huge'")
     fails(["eval", "bits", model, "--data", tmp_path / "nowhere"], "nowhere")

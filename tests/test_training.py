@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -210,3 +212,32 @@ def test_windows_cover_files_and_shift_labels(text):
     assert not torch.equal(batch["input_ids"], windows.batch(6)["input_ids"])
     same = batch["labels"][:, :-1] != -100
     assert torch.equal(batch["input_ids"][:, 1:][same], batch["labels"][:, :-1][same])
+
+
+def test_two_processes_train_one_model(text, tmp_path):
+    """`torch.distributed`: two ranks on different windows end with the model of one process on both."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet.cli",
+        "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
+        "--no-compile",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 2
+    assert latest_checkpoint(run).name == "step-2"
+
+    plan = replace(LANGUAGE_MODEL["tiny"](), steps=2, batch_size=2, length=24, compile=False)
+    source = task(text, plan)
+
+    class Both(ByteTask):
+        def batch(self, index):
+            parts = [source.batch(2 * index), source.batch(2 * index + 1)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    train(plan, Both(source.windows), tmp_path / "one")
+    together, alone = weights(run), weights(tmp_path / "one")
+    for name, tensor in alone.items():
+        assert torch.allclose(together[name], tensor, atol=1e-4), name

@@ -1,5 +1,6 @@
 """The `pmnet` command: train, eval, generate."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,7 +59,7 @@ def train_command(
     task: Annotated[str, typer.Argument(help="`lm` (bytes of files) or `copy-paste`.")] = "lm",
     data: Annotated[list[Path] | None, typer.Option(help="File or folder to learn from (lm); may be repeated.")] = None,
     preset: Annotated[str | None, typer.Option(help="Recipe: tiny, 30m, 119m (lm); demo (copy-paste).")] = None,
-    run: Annotated[Path, typer.Option(help="Run folder.")] = Path("runs/latest"),
+    run: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/latest"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
@@ -90,8 +91,9 @@ def train_command(
         else:
             source = CopyCurriculum(recipe.model.receptive_field, recipe.seed, recipe.batch_size, **recipe.task)
         starting_point(run, resume)
-        write_json(run / "config.json", {**provenance(), "task": task, "preset": name, "recipe": recipe.facts(),
-                                         "model": recipe.model.to_dict()})  # fmt: skip
+        if os.environ.get("RANK", "0") == "0":
+            write_json(run / "config.json", {**provenance(), "task": task, "preset": name, "recipe": recipe.facts(),
+                                             "model": recipe.model.to_dict()})  # fmt: skip
         train(recipe, source, run, resume)
     out.print(f"model saved to {run / 'model'}")
 

@@ -46,7 +46,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     """
     found = starting_point(run, resume)
     set_seed(recipe.seed)
-    accelerator = Accelerator(mixed_precision=recipe.precision)
+    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
     model = PMNetForCausalLM(recipe.model).train()
     optimizer = build_optimizer(model, recipe)
@@ -114,6 +114,8 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     if accelerator.is_main_process:
         model.save_pretrained(run / "model")
         ByteTokenizer().save_pretrained(run / "model")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
     return model.eval()
 
 
