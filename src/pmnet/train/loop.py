@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -51,26 +51,16 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     model = PMNetForCausalLM(recipe.model).train()
     optimizer = build_optimizer(model, recipe)
     schedule = build_schedule(optimizer, recipe)
-    done = 0
-    if found is not None:
-        schedule_state, facts = load_checkpoint(found, model, optimizer)
-        if facts["recipe"] != _plain(recipe.facts()):
-            raise ValueError(f"{found} was trained with another recipe; resume with the same options")
-        schedule.load_state_dict(schedule_state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
-        task.restore(facts["task"])
-        done = facts["step"]
-    prepared, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
+    done = 0 if found is None else _restore(found, recipe, task, model, optimizer, schedule)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
     objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
 
-    def checkpoint(step: int) -> Path | None:
+    def checkpoint(step: int) -> None:
         accelerator.wait_for_everyone()
-        if not accelerator.is_main_process:
-            return None
-        facts = {"recipe": _plain(recipe.facts()), "task": task.state()}
-        state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
-        return save_checkpoint(run, step, model, optimizer.optimizer, state, facts)
+        if accelerator.is_main_process:
+            facts = {"recipe": _plain(recipe.facts()), "task": task.state()}
+            state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
+            save_checkpoint(run, step, model, optimizer.optimizer, state, facts)
 
     def anywhere(flag: bool) -> bool:
         """Whether any process raised the flag; all processes must stop after the same step."""
@@ -85,28 +75,21 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
             for step in range(done + 1, recipe.steps + 1):
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
                 batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
-                with accelerator.autocast():
-                    loss, correct = objective(prepared, batch)
-                accelerator.backward(loss)
-                norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip)
-                if not math.isfinite(loss.item()) or not math.isfinite(float(norm)):
-                    kept = latest_checkpoint(run)
-                    raise TrainingStopped(
-                        f"step {step}: loss {loss.item()}, gradient norm {float(norm)}; "
-                        f"last good checkpoint: {kept if kept else 'none yet'}"
-                    )
+                numbers = _gradients(accelerator, objective, prepared, batch, recipe.clip)
+                if not all(map(math.isfinite, numbers.values())):
+                    raise TrainingStopped(f"step {step}: {numbers}; last good checkpoint: {latest_checkpoint(run)}")
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad()
-                task.observe(correct.item())
-                numbers = {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
+                schedule.step()
+                task.observe(numbers["correct"])
                 reporter.step({"step": step, **numbers, "rate": schedule.get_last_lr()[0], **task.state()})
                 stop = anywhere(bool(received))
                 if stop or anywhere(time.monotonic() - saved > recipe.checkpoint_seconds):
-                    kept, saved = checkpoint(step), time.monotonic()
+                    checkpoint(step)
+                    saved = time.monotonic()
                 if stop:
                     name = received[0] if received else "another process"
-                    raise TrainingStopped(f"stopped by {name} after step {step}; --resume continues from {kept}")
+                    raise TrainingStopped(f"stopped by {name} after step {step}; --resume continues from there")
             checkpoint(recipe.steps)
     finally:
         reporter.close()
@@ -117,6 +100,40 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return model.eval()
+
+
+def _restore(
+    found: Path,
+    recipe: Recipe,
+    task: Task,
+    model: PMNetForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LambdaLR,
+) -> int:
+    """Put everything back as it was in the checkpoint `found`; the number of steps done."""
+    state, facts = load_checkpoint(found, model, optimizer)
+    if facts["recipe"] != _plain(recipe.facts()):
+        raise ValueError(f"{found} was trained with another recipe; resume with the same options")
+    schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+    task.restore(facts["task"])
+    return int(facts["step"])
+
+
+def _gradients(
+    accelerator: Accelerator,
+    objective: Callable[[PMNetForCausalLM, Batch], tuple[Tensor, Tensor]],
+    model: PMNetForCausalLM,
+    batch: Batch,
+    clip: float,
+) -> dict[str, float]:
+    """Forward and backward; gradients are left clipped on the model. Loss, share of right predictions, norm."""
+    with accelerator.autocast():
+        loss, correct = objective(model, batch)
+    accelerator.backward(loss)
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    return {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
 
 
 def loss_of(model: PMNetForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
