@@ -1,0 +1,47 @@
+"""The README keeps its word: its Python runs, its commands exist, its figures are in stored results."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pmnet
+from tests.conftest import run_cli, small_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    small_model("deep").save_pretrained(tmp_path / "runs" / "latest" / "model")
+    pmnet.ByteTokenizer().save_pretrained(tmp_path / "runs" / "latest" / "model")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "state.safetensors").exists()
+    assert "PMNetCache(batch_size=1" in capsys.readouterr().out
+
+
+def test_every_command_exists():
+    commands = re.findall(r"^\.venv/bin/pmnet ((?:train|eval \w+|generate))", README, re.M)
+    assert {"train", "eval bits", "generate"} <= set(commands)
+    for command in commands:
+        assert run_cli([*command.split(), "--help"])[0] == 0
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", README, re.M):
+        assert f"\n{target}:" in makefile
+
+
+def test_the_table_of_the_demo_is_stored():
+    stored = [json.loads(path.read_text())["cells"] for path in sorted(ROOT.glob("results/demo/seed-*/retrieval.json"))]
+    assert len(stored) >= 3
+    rows = re.findall(r"^\| ([\d,]+) \| [\d.]+ \| ([\d.]+) % \(([\d.]+)-([\d.]+)\) \| ([\d.]+) % \|", README, re.M)
+    assert len(rows) == len(stored[0])
+    for column, (gap, *figures) in enumerate(rows):
+        cells = [cells[column] for cells in stored]
+        exact = sorted(cell["exact"] for cell in cells)
+        control = sorted(cell["control_letters"] for cell in cells)
+        assert {cell["gap"] for cell in cells} == {int(gap.replace(",", ""))}
+        expected = [exact[len(exact) // 2], exact[0], exact[-1], control[len(control) // 2]]
+        assert [f"{100 * x:.1f}" for x in expected] == figures
