@@ -85,40 +85,37 @@ def plan_window(
     """
     batch, length = shape
     past = width - 1
-    places = torch.arange(past + length, device=device)
-    slots = torch.arange(BLOCK, device=device)
 
-    def place(count: int, stride: int, extent: int) -> Tensor:
-        """`[S, extent]`: block start plus offset."""
-        starts = torch.arange(count, device=device) * stride
-        return starts.unsqueeze(1) + torch.arange(extent, device=device)
+    def count_up(size: int) -> Tensor:
+        return torch.arange(size, device=device)
 
+    # the document of every place of the buffer; -1 where the current document had not begun
     own = torch.zeros(1, length, dtype=torch.int64, device=device) if documents is None else documents
-    before = (places[:past] - past).unsqueeze(0)  # -W+1 .. -1, distance to the chunk's first position
     known = torch.zeros(1, 1, dtype=torch.int64, device=device) if in_document is None else in_document.unsqueeze(1)
-    earlier = torch.where(before >= -known, 0, -1)
+    earlier = torch.where(past - count_up(past).unsqueeze(0) <= known, 0, -1)
     rows = max(own.shape[0], earlier.shape[0])
-    key_documents = torch.cat([earlier.expand(rows, -1), own.expand(rows, -1)], dim=1)
+    of_buffer = torch.cat([earlier.expand(rows, -1), own.expand(rows, -1)], dim=1)
 
     query_index = slot_index = key_index = None
     if seen is None:
         blocks = -(-length // BLOCK)
         extra = blocks * BLOCK - length
         of_query = F.pad(own, (0, extra)).view(-1, blocks, BLOCK)
-        of_key = F.pad(key_documents, (0, extra)).unfold(1, BLOCK + past, BLOCK)
+        of_key = F.pad(of_buffer, (0, extra)).unfold(1, BLOCK + past, BLOCK)
     else:
         blocks = (length + 2 * BLOCK - 2) // BLOCK
-        shift = (seen % BLOCK).view(-1, 1)
-        query_index = (place(1, 1, blocks * BLOCK) - shift).clamp(0, length - 1)
-        slot_index = shift + torch.arange(length, device=device)
-        key_index = (place(blocks, BLOCK, BLOCK + past).view(1, -1) - shift).clamp(0, past + length - 1)
+        shift = (seen % BLOCK).view(-1, 1)  # where in its block a row's first position stands
+        windows = (BLOCK * count_up(blocks)).unsqueeze(1) + count_up(BLOCK + past)
+        query_index = (count_up(blocks * BLOCK) - shift).clamp(0, length - 1)
+        slot_index = shift + count_up(length)
+        key_index = (windows.flatten() - shift).clamp(0, past + length - 1)
         of_query = take_rows(own.expand(batch, -1), query_index).view(batch, blocks, BLOCK)
-        of_key = take_rows(key_documents.expand(batch, -1), key_index).view(batch, blocks, BLOCK + past)
+        of_key = take_rows(of_buffer.expand(batch, -1), key_index).view(batch, blocks, BLOCK + past)
 
-    distance = torch.arange(BLOCK + past, device=device) - slots.unsqueeze(1)  # 0 .. W-1 inside the band
+    distance = count_up(BLOCK + past) - count_up(BLOCK).unsqueeze(1)  # 0 .. W-1 inside the band
     band = (distance >= 0) & (distance <= past)
     same = of_query.unsqueeze(-1) == of_key.unsqueeze(-2)
     allowed = (band & same) | (distance == past)  # a position always sees itself
     allowed = allowed.expand(batch, -1, -1, -1).flatten(0, 1).unsqueeze(1)
-    tail_index = None if counts is None else counts.unsqueeze(1) + places[:past]
+    tail_index = None if counts is None else counts.unsqueeze(1) + count_up(past)
     return Window(width, length, blocks, allowed, query_index, slot_index, key_index, tail_index)
