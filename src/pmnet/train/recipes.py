@@ -74,7 +74,7 @@ def copy_paste_demo() -> Recipe:
     """Copy-paste of 8 letters behind random filler, trained just beyond the attention's reach."""
     return Recipe(
         model=demo_model(),
-        steps=7000,
+        steps=6000,
         batch_size=32,
         learning_rate=2e-3,
         final_rate=0.01,

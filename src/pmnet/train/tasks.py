@@ -65,7 +65,8 @@ class CopyCurriculum:
 
     While strings grow, gaps are always beyond the attention's reach: a target within reach is relayed through
     attention, and the memory is never learned. They start narrow and, once strings have their full length, widen to
-    `gap`; one batch in eight then also has gaps within reach.
+    `gap`. One batch in eight then has gaps from 0 up, and one in four has long gaps in rows four times as wide (and a
+    quarter as many): without these, some seeds learn to hold a string only about as long as they were trained to.
 
     Attributes:
         reach: receptive field of the attention stack, in positions.
@@ -90,7 +91,7 @@ class CopyCurriculum:
 
     @property
     def width(self) -> int:
-        """T of every batch; constant, so that compiled code fits all of training."""
+        """T of a batch; constant but for the long gaps, so that compiled code fits all of training."""
         return 2 * self.longest + 2 + self.reach + self.gap + 1
 
     def batch(self, index: int) -> Batch:
@@ -99,11 +100,17 @@ class CopyCurriculum:
         review = torch.rand((), generator=generator).item() < 0.3
         shorter = int(torch.randint(1, self.length + 1, (), generator=generator))
         self.drawn = shorter if review else self.length
-        grown = self.length == self.longest
-        near = grown and torch.rand((), generator=generator).item() < 1 / 8
-        gaps = (0 if near else self.reach, self.reach + (self.gap if grown else self.narrow))
-        drawn = copy_batch(self.batch_size, self.drawn, gaps, 1, generator, self.width)
-        labels = torch.full((self.batch_size, self.longest), -100)
+        kind = torch.rand((), generator=generator).item() if self.length == self.longest else 1.0
+        rows, width, gaps = self.batch_size, self.width, (self.reach, self.reach + self.narrow)
+        if kind < 1 / 8:
+            gaps = (0, self.reach)
+        elif kind < 3 / 8:
+            rows, width = max(1, rows // 4), 4 * width
+            gaps = (self.reach, width - 2 * self.longest - 3)
+        elif kind < 1:
+            gaps = (self.reach, self.reach + self.gap)
+        drawn = copy_batch(rows, self.drawn, gaps, 1, generator, width)
+        labels = torch.full((rows, self.longest), -100)
         labels[:, self.longest - self.drawn :] = drawn.strings
         return {
             "input_ids": drawn.input_ids[:, :-1],
