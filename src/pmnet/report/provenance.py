@@ -16,7 +16,7 @@ import torch
 def provenance() -> dict[str, Any]:
     """Command line, date, commit, versions and machine of this process."""
     return {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {name: version(name) for name in ("pmnet", "torch", "transformers", "numpy")}
@@ -37,6 +37,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
+
+
+def _command() -> str:
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = f"python -m {module.name}" if module else Path(sys.argv[0]).name
+    return " ".join([program, *sys.argv[1:]])
 
 
 def _commit() -> str | None:
