@@ -43,7 +43,7 @@ class Reporter:
         self.progress.start()
 
     def step(self, row: dict[str, Any], every: int = 10) -> None:
-        """Record one step's numbers; files get every `every`-th step and the last."""
+        """Record one step's numbers; files get the first, every `every`-th and the last."""
         if not self.speaks:
             return
         step = row["step"]
@@ -57,7 +57,7 @@ class Reporter:
             left = (self.total - step) / rate
             line = f"step {step}/{self.total}  {text}  {rate:.1f} steps/s  left {left:.0f} s"
             self.console.print(line, highlight=False)
-        if step % every == 0 or step == self.total:
+        if step % every == 0 or step in (self.first + 1, self.total):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
             for name, value in row.items():
