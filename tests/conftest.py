@@ -1,14 +1,10 @@
 """Small models that exercise every shape: several levels, grouped heads, reads without writes, a width that is no
 multiple of a vector register."""
 
-import os
-
 import pytest
 import torch
 
 import pmnet
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SHAPES = {
     "deep": {"num_hidden_layers": 3, "memory_write_period": 1, "sliding_window": 6},

@@ -1,6 +1,7 @@
 """The command line: real input, and one clear sentence for bad input."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,6 +89,19 @@ def test_bad_data_is_named(model, tmp_path):
     fails(["train", "poetry"], "unknown task 'poetry'")
     fails(["train", "--preset", "huge", "--data", empty], "unknown preset 'huge'")
     fails(["eval", "bits", model, "--data", tmp_path / "nowhere"], "nowhere")
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_unreadable_file_is_named(text, tmp_path, monkeypatch):
+    original = Path.open
+
+    def refuse(path, *arguments, **more):
+        if path == text:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    fails(["train", "--data", text, "--out", tmp_path / "r"], "Permission denied", "text.txt")
     assert not (tmp_path / "r").exists()
 
 

@@ -132,6 +132,12 @@ def test_reorder_repeat_select_reset_crop_clone(model):
         assert torch.equal(model(more.expand(3, -1), past_key_values=cache).logits, empty)
 
 
+def test_the_state_moves_to_another_device(model):
+    cache = pmnet.PMNetCache(model.config)
+    assert cache.to("meta") is cache
+    assert {tensor.device.type for tensor in [*cache.memory, cache.seen, cache.window[0].keys]} == {"meta"}
+
+
 def test_training_through_a_carried_state_detached(model):
     network = small_model("deep").train()
     cache = pmnet.PMNetCache(network.config, 2)

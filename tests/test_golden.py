@@ -108,6 +108,7 @@ def test_published_sizes():
         model = pmnet.PMNetForCausalLM(pmnet.pmnet_119m())
     assert sum(p.numel() for p in model.parameters()) == 118_970_368
     assert model.config.num_groups == 85
+    assert sum(level.nbytes for level in pmnet.PMNetCache(model.config).memory) == 680 * 1024
     assert model.config.receptive_field == 1525
 
 

@@ -5,7 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import torch
+
 import pmnet
+from pmnet.train.recipes import copy_paste_demo, lm_30m, lm_tiny
 from tests.conftest import run_cli, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -31,6 +34,15 @@ def test_every_command_exists():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, re.M):
         assert f"\n{target}:" in makefile
+
+
+def test_sizes_are_those_of_the_recipes():
+    for recipe, size in ((copy_paste_demo, 188_800), (lm_tiny, 1_158_656), (lm_30m, 29_983_744)):
+        with torch.device("meta"):
+            model = pmnet.PMNetForCausalLM(recipe().model)
+        assert sum(p.numel() for p in model.parameters()) == size
+    for figure in ("188,800", "1.16 million", "29,983,744"):
+        assert figure in README
 
 
 def test_the_table_of_the_demo_is_stored():

@@ -22,7 +22,7 @@ from pmnet.model.load import load_model
 from pmnet.report.plots import plot_retrieval
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import starting_point
-from pmnet.train.loop import TrainingStopped, train
+from pmnet.train.loop import TrainingInterrupted, TrainingStopped, train
 from pmnet.train.recipes import COPY_PASTE, LANGUAGE_MODEL
 from pmnet.train.tasks import ByteTask, CopyCurriculum, Task
 
@@ -41,7 +41,7 @@ def _plain_errors() -> Iterator[None]:
         yield
     except TrainingStopped as error:
         print(f"pmnet: {error}", file=sys.stderr)
-        raise typer.Exit(130 if str(error).startswith("stopped by") else 1) from error
+        raise typer.Exit(130 if isinstance(error, TrainingInterrupted) else 1) from error
     except (OSError, ValueError) as error:
         print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -89,7 +89,7 @@ def train_command(
                 raise ValueError("training a language model needs --data FILE_OR_FOLDER")
             source = ByteTask(RandomWindows(open_files(data), recipe.length, recipe.batch_size, recipe.seed))
         else:
-            source = CopyCurriculum(recipe.model.receptive_field, recipe.seed, recipe.batch_size, **recipe.task)
+            source = CopyCurriculum(recipe.model.receptive_field, recipe.seed, recipe.batch_size)
         starting_point(run, resume)
         if os.environ.get("RANK", "0") == "0":
             write_json(run / "config.json", {**provenance(), "task": task, "preset": name, "recipe": recipe.facts(),

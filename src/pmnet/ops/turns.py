@@ -22,17 +22,12 @@ def to_turns(angle: Tensor, phase_bits: int = 32) -> Tensor:
         int32 turns of the same shape, modulo one turn. NaN and infinity become 0.
     """
     steps = torch.round(angle.double() * (2**phase_bits / (2 * math.pi))).nan_to_num(0.0, 0.0, 0.0)
-    return _wrap(steps.to(torch.int64) << (32 - phase_bits))
+    return (steps.to(torch.int64) << (32 - phase_bits)).to(torch.int32)  # int64 to int32 wraps
 
 
 def to_radians(turns: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Radians in `[-pi, pi)` of int32 turns, computed in float64 and rounded once to `dtype`."""
     return (turns.double() * RADIANS_PER_UNIT).to(dtype)
-
-
-def _wrap(units: Tensor) -> Tensor:
-    """int64 to int32 modulo `2**32`."""
-    return units.to(torch.int32)
 
 
 def circular_difference(a: Tensor, b: Tensor) -> Tensor:

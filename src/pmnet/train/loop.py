@@ -24,7 +24,11 @@ from pmnet.train.tasks import Batch, Task
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot or should not go on; the message says why and what is kept."""
+    """Training cannot go on; the message says why and what is kept."""
+
+
+class TrainingInterrupted(TrainingStopped):
+    """A signal asked to stop; a checkpoint has been written."""
 
 
 def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetForCausalLM:
@@ -40,7 +44,8 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
         The trained model, also saved to `run/model`.
 
     Raises:
-        TrainingStopped: on SIGINT or SIGTERM (after a checkpoint), or if the loss is no longer finite.
+        TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint.
+        TrainingStopped: if the loss or a gradient is no longer finite.
         ValueError: if there is nothing to resume, or the checkpoint is damaged or of another recipe.
         FileExistsError: if `run` holds checkpoints and `resume` is False.
     """
@@ -89,7 +94,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
                     saved = time.monotonic()
                 if stop:
                     name = received[0] if received else "another process"
-                    raise TrainingStopped(f"stopped by {name} after step {step}; --resume continues from there")
+                    raise TrainingInterrupted(f"stopped by {name} after step {step}; --resume continues from there")
             checkpoint(recipe.steps)
     finally:
         reporter.close()

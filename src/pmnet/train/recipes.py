@@ -1,6 +1,6 @@
 """Recipes: everything that decides a training run, as typed values with names."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
@@ -43,7 +43,6 @@ class Recipe:
     compile: bool = True
     seed: int = 0
     checkpoint_seconds: float = 120.0
-    task: dict[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
         """The recipe as JSON-able values; the model's configuration is stored beside its weights."""
@@ -79,7 +78,6 @@ def copy_paste_demo() -> Recipe:
         learning_rate=2e-3,
         final_rate=0.01,
         hold=0.2,
-        task={"longest": 8},
     )
 
 
