@@ -7,8 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pmnet.config import PMNetConfig
-from pmnet.memory.routing import address, to_angle
-from pmnet.ops import Linear, RMSNorm, row_stable_linear
+from pmnet.ops import Linear, RMSNorm, read_slots, row_stable_linear
 
 
 class MemoryRead(nn.Module):
@@ -29,17 +28,13 @@ class MemoryRead(nn.Module):
 
     def forward(self, hidden: Tensor, geometry: Tensor) -> Tensor:
         """Read for every position: hidden `[B, T, D]`, geometry `[B, T, N, 2M]`, result `[B, T, D]`."""
-        batch, length, slots = geometry.shape[:3]
+        batch, length = hidden.shape[:2]
         width = self.heads * self.size
         key_weight, value_weight = self.proj_kv.weight.split(width)
         key_bias, value_bias = self.proj_kv.bias.split(width)
 
-        query = to_angle(self.proj_q(self.norm(hidden))).view(batch, length, 1, self.heads, self.size)
-        keys = to_angle(row_stable_linear(geometry, key_weight, key_bias))
-        weights = address(query, keys.view(batch, length, slots, self.heads, self.size))
-
-        mixed = torch.bmm(weights.transpose(2, 3).flatten(0, 1), geometry.flatten(0, 1))
-        mixed = mixed.view(batch, length, self.heads, 2 * self.size)
+        query = self.proj_q(self.norm(hidden)).view(batch, length, self.heads, self.size)
+        mixed = read_slots(query, geometry, key_weight, key_bias)
         values = [
             row_stable_linear(mixed[:, :, head], weight, bias)
             for head, (weight, bias) in enumerate(

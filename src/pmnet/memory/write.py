@@ -8,8 +8,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from pmnet.config import PMNetConfig
-from pmnet.memory.routing import address, child_group, geometry, to_angle, visited_anchors
-from pmnet.ops import Linear, RMSNorm, phase_write
+from pmnet.ops import Linear, RMSNorm, address, geometry, phase_write
 
 
 class Visit(NamedTuple):
@@ -56,29 +55,21 @@ class MemoryWrite(nn.Module):
             This level's visit for the reads, the visit to hand to the next level's write, and the memory after
             the last position.
         """
-        batch, length = hidden.shape[:2]
-        slots, size = self.config.num_memory, self.config.memory_size
-        fixed = visited_anchors(anchors, visit.groups)
-        seen = fixed if visit.field is None else visit.field + fixed
         normed = self.norm(hidden)
-
-        query = to_angle(self.proj_q(normed)).unsqueeze(2)
-        keys = to_angle(self.proj_k(geometry(seen)))
-        weights = address(query, keys)
-        rotation = weights.unsqueeze(-1) * to_angle(self.proj_out(self.proj_v(normed))).unsqueeze(2)
-
-        state, memory_after = phase_write(
-            rotation.view(batch, length, slots * size),
+        keys = self.proj_k(geometry(visit.field, anchors, visit.groups))
+        weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)
+        angle, memory = phase_write(
+            weights,
+            self.proj_out(self.proj_v(normed)),
             visit.groups,
-            memory.flatten(2),
+            memory,
             tokens.documents,
             tokens.valid,
             phase_bits=self.config.phase_bits,
             cumulative=self.config.memory_cumsum,
             scale_gradient=self.training,
         )
-        state = state.view(batch, length, slots, size)
-        field = state if visit.field is None else visit.field + state
-        here = Visit(visit.groups, field, geometry(field + fixed))
-        below = Visit(child_group(weights, visit.groups), field, None)
-        return here, below, memory_after.view_as(memory)
+        field = angle if visit.field is None else visit.field + angle
+        here = Visit(visit.groups, field, geometry(field, anchors, visit.groups))
+        child = weights.shape[2] * visit.groups + weights.argmax(dim=2)  # hard top-1 route
+        return here, Visit(child, field, None), memory

@@ -11,7 +11,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pmnet.config import PMNetConfig
 from pmnet.model.window import Window
-from pmnet.ops import Linear, RMSNorm
+from pmnet.ops import Linear, RMSNorm, norm_rotate, window_attention
 
 
 class Rotary(NamedTuple):
@@ -19,11 +19,6 @@ class Rotary(NamedTuple):
 
     cos: Tensor
     sin: Tensor
-
-    def rotate(self, x: Tensor) -> Tensor:
-        """Rotate heads `[B, T, H, E]` in at least float32; element j turns together with element `j + E/2`."""
-        first, second = x.chunk(2, dim=-1)
-        return x * self.cos + torch.cat([-second, first], dim=-1) * self.sin
 
 
 def rotary_angles(config: PMNetConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
@@ -79,7 +74,7 @@ class SlidingWindowAttention(nn.Module):
         Args:
             hidden: `[B, T, D]`.
             rotary: table for the T positions.
-            window: block layout of the chunk.
+            window: what each position of the chunk sees.
             past: keys and values before the chunk; None when there are none.
 
         Returns:
@@ -87,8 +82,8 @@ class SlidingWindowAttention(nn.Module):
         """
         shape = (*hidden.shape[:2], -1, self.config.head_dim)
         value = self.v_proj(hidden).view(shape)
-        query = rotary.rotate(self.q_norm(self.q_proj(hidden).view(shape))).to(value.dtype)
-        key = rotary.rotate(self.k_norm(self.k_proj(hidden).view(shape))).to(value.dtype)
+        query = norm_rotate(self.q_proj(hidden).view(shape), self.q_norm, *rotary).to(value.dtype)
+        key = norm_rotate(self.k_proj(hidden).view(shape), self.k_norm, *rotary).to(value.dtype)
 
         if past is None:
             empty = value.new_zeros(value.shape[0], window.width - 1, *value.shape[2:])
@@ -96,13 +91,18 @@ class SlidingWindowAttention(nn.Module):
         keys = torch.cat([past.keys.to(value.dtype), key], dim=1)
         values = torch.cat([past.values.to(value.dtype), value], dim=1)
 
+        after = PastKeys(window.tail(keys), window.tail(values))
+        if window.blocks is None:
+            mixed = window_attention(query, keys, values, window.span, self.scaling)
+            return self.o_proj(mixed.flatten(2)), after
+        blocks = window.blocks
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attention_dropout if self.training else 0.0
         mixed, _ = attend(
-            self, window.queries(query), window.keys(keys), window.keys(values), window.allowed,
+            self, blocks.queries(query), blocks.keys(keys), blocks.keys(values), blocks.allowed,
             dropout=dropout, scaling=self.scaling,
         )  # fmt: skip
-        return self.o_proj(window.positions(mixed)), PastKeys(window.tail(keys), window.tail(values))
+        return self.o_proj(blocks.positions(mixed)), after
 
 
 def eager_attention(

@@ -1,6 +1,5 @@
 """One decoder layer: attention, write (first layer of a level), read, MLP, each after its own RMSNorm."""
 
-import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -8,7 +7,7 @@ from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryRead, MemoryWrite, Tokens, Visit
 from pmnet.model.attention import PastKeys, Rotary, SlidingWindowAttention
 from pmnet.model.window import Window
-from pmnet.ops import Linear, RMSNorm
+from pmnet.ops import Linear, RMSNorm, silu_product
 
 
 class SwiGLU(nn.Module):
@@ -21,15 +20,8 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[B, T, D]` to `[B, T, D]`.
-
-        silu is spelled with tanh: torch's own differs in the last bit at the end of a vectorised run, and so would
-        depend on how the stream is cut into chunks.
-        """
-        gate = self.gate_proj(hidden)
-        wide = gate if gate.dtype == torch.float64 else gate.float()
-        silu = 0.5 * wide * (1 + torch.tanh(0.5 * wide))
-        return self.down_proj(silu.to(gate.dtype) * self.up_proj(hidden))
+        """`[B, T, D]` to `[B, T, D]`."""
+        return self.down_proj(silu_product(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class PMNetBlock(GradientCheckpointingLayer):
@@ -65,7 +57,7 @@ class PMNetBlock(GradientCheckpointingLayer):
             anchors: of this level, radians `[G, N, M]`.
             memory: of this level, int32 turns `[B, G, N, M]`.
             past: keys and values before the chunk.
-            rotary, window, tokens: the chunk's positions, block layout, padding and documents.
+            rotary, window, tokens: the chunk's positions, what they see, padding and documents.
 
         Returns:
             hidden, here, below, memory and past, all after the chunk.

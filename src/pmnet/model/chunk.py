@@ -15,8 +15,8 @@ from pmnet.config import PMNetConfig
 from pmnet.memory import Tokens
 from pmnet.model.attention import PastKeys
 from pmnet.model.cache import PMNetCache
-from pmnet.model.window import Window, plan_window
-from pmnet.ops import take_rows
+from pmnet.model.window import Window, plan_window, positions_within
+from pmnet.ops import native, take_rows
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,11 @@ def read_chunk(
     position_ids: Tensor | None,
     document_ids: Tensor | None,
     cache: PMNetCache | None,
+    dropout: float,
 ) -> Chunk:
     """Work out the chunk that `hidden` `[B, T, D]` stands for; see `PMNetModel.forward` for the arguments.
+
+    `dropout` is that of the attention weights; with any, the native attention is not used.
 
     Raises:
         ValueError: if a mask or ids have another shape than the input.
@@ -100,7 +103,7 @@ def read_chunk(
         documents = _restarts(positions, expected)
     elif document_ids is not None:
         documents = _changes(compacted("document_ids", document_ids))
-        positions = _positions_within(documents, expected)
+        positions = positions_within(documents, expected)
     else:
         positions = torch.arange(length, device=device).unsqueeze(0)
         positions = positions if expected is None else positions + expected
@@ -117,6 +120,7 @@ def read_chunk(
         None if past is None else past.in_document,
         counts,
         documents,
+        in_blocks=not (native(hidden) and config._attn_implementation in ("eager", "sdpa") and dropout == 0.0),
     )
     return Chunk(length, order, place, counts, positions, Tokens(valid, documents), window)
 
@@ -131,13 +135,3 @@ def _restarts(positions: Tensor, expected: Tensor | None) -> Tensor:
 def _changes(ids: Tensor) -> Tensor:
     """Bool `[B, T]`: the id differs from the one before it; the first never does."""
     return ids != torch.cat([ids[:, :1], ids[:, :-1]], dim=1)
-
-
-def _positions_within(starts: Tensor, expected: Tensor | None) -> Tensor:
-    """Positions `[B, T]` that count from 0 at every start and continue `expected` before the first."""
-    index = torch.arange(starts.shape[1], device=starts.device).expand(starts.shape)
-    begin = torch.where(starts, index, 0).cummax(1).values
-    positions = index - begin
-    if expected is not None:
-        positions = positions + torch.where(starts.long().cumsum(1) == 0, expected, 0)
-    return positions

@@ -118,7 +118,8 @@ class PMNetModel(PMNetPreTrainedModel):
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
-        chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
         hidden = chunk.compact(hidden)
         rotary = rotary_angles(self.config, chunk.positions, hidden.dtype)
         if past_key_values is None:

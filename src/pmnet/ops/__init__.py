@@ -1,19 +1,34 @@
-"""Phase arithmetic: int32 turns, the segmented scan, and row-stable linear maps."""
+"""Phase arithmetic and everything whose bits must not depend on how a stream is cut."""
 
+from pmnet.ops.backend import BACKENDS, native, use_backend
 from pmnet.ops.gather import lookup, take_rows
-from pmnet.ops.linear import Linear, RMSNorm, row_stable_linear
-from pmnet.ops.scan import phase_scan, phase_write
+from pmnet.ops.linear import Linear, row_stable_linear
+from pmnet.ops.phase import address, geometry, read_slots, to_angle
+from pmnet.ops.rows import RMSNorm, norm_rotate, silu_product
+from pmnet.ops.scan import phase_scan
 from pmnet.ops.turns import circular_difference, to_radians, to_turns
+from pmnet.ops.window_attention import window_attention
+from pmnet.ops.write import phase_write
 
 __all__ = [
+    "BACKENDS",
     "Linear",
     "RMSNorm",
+    "address",
     "circular_difference",
+    "geometry",
     "lookup",
+    "native",
+    "norm_rotate",
     "phase_scan",
     "phase_write",
+    "read_slots",
     "row_stable_linear",
+    "silu_product",
     "take_rows",
+    "to_angle",
     "to_radians",
     "to_turns",
+    "use_backend",
+    "window_attention",
 ]

@@ -2,13 +2,20 @@
 
 Matrix libraries pick another summation order for few rows (a vector product) and, with several threads, for deep
 and narrow products (the inner dimension is split between threads). Either would make a byte's result depend on how
-the stream is cut into chunks and on its batch neighbours. At least `MIN_ROWS` rows and at most `MAX_DEPTH` summands
-a product keep one order in float32 on the CPU; `tests/test_exactness.py` checks it on the machine at hand.
+the stream is cut into chunks and on its batch neighbours. In float32 on the CPU a product is therefore cut into depths
+of at most `MAX_DEPTH`, each summed by fused multiply-adds from zero, and added up in turn. The library does just that
+for `MIN_ROWS` rows and more; fewer rows are computed by the native kernel, which reads the weights once, or, where the
+library turns out to sum in another order, padded to `MIN_ROWS`. `tests/test_exactness.py` checks the machine at hand.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from pmnet.ops.backend import native
+from pmnet.ops.native import library
 
 MIN_ROWS = 16
 MAX_DEPTH = 256
@@ -28,15 +35,73 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     x = x.to(weight.dtype)
     if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
+    out = _linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`rows @ weight.T + bias` for `[S, K]`, summed in the order described above; not differentiable."""
     count = rows.shape[0]
+    if count < MIN_ROWS and native(rows) and library_sums_in_order():
+        return _few_rows(rows, weight, bias)
     if count < MIN_ROWS:
         rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
     out = F.linear(rows[:, :MAX_DEPTH], weight[:, :MAX_DEPTH], bias)
-    for depth in range(MAX_DEPTH, x.shape[-1], MAX_DEPTH):
+    for depth in range(MAX_DEPTH, rows.shape[1], MAX_DEPTH):
         part = slice(depth, depth + MAX_DEPTH)
-        out = out + F.linear(rows[:, part], weight[:, part])
-    return out[:count].view(*x.shape[:-1], weight.shape[0])
+        out.addmm_(rows[:, part], weight[:, part].t())
+    return out[:count].clone() if count < MIN_ROWS else out
+
+
+def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    kernels, rows, weight = library(), rows.contiguous(), weight.contiguous()
+    assert kernels is not None
+    out = rows.new_empty(rows.shape[0], weight.shape[0])
+    kernels.linear_few_rows(
+        rows.data_ptr(), weight.data_ptr(), None, None if bias is None else bias.data_ptr(), out.data_ptr(),
+        *rows.shape, weight.shape[0],
+    )  # fmt: skip
+    return out
+
+
+@functools.cache
+def library_sums_in_order() -> bool:
+    """Whether the matrix library's products of many rows have the bits of the native kernel's."""
+    generator = torch.Generator().manual_seed(0)
+    for depth, outputs, count in ((256, 64, 16), (200, 130, 48), (64, 256, 300), (13, 7, 33)):
+        rows, weight = (torch.randn(n, depth, generator=generator) for n in (count, outputs))
+        bias = torch.randn(outputs, generator=generator)
+        if not torch.equal(F.linear(rows, weight, bias)[-3:], _few_rows(rows[-3:], weight, bias)):
+            return False
+    return True
+
+
+@torch.library.custom_op("pmnet::linear", mutates_args=())
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return products(rows, weight, bias)
+
+
+@_linear.register_fake
+def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(rows.shape[0], weight.shape[0])
+
+
+def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.has_bias = inputs[2] is not None
+
+
+def _gradient(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    rows, weight = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    return (
+        upstream @ weight if wanted[0] else None,
+        upstream.t() @ rows if wanted[1] else None,
+        upstream.sum(0) if wanted[2] and ctx.has_bias else None,
+    )
+
+
+_linear.register_autograd(_gradient, setup_context=_save)
 
 
 class Linear(torch.nn.Linear):
@@ -45,11 +110,3 @@ class Linear(torch.nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., in_features]` to `[..., out_features]`."""
         return row_stable_linear(input, self.weight, self.bias)
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """`torch.nn.RMSNorm` in the dtype of its weight, so that autocast does not compute it in half precision."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., D]` to `[..., D]`, in the dtype of the weight."""
-        return super().forward(x.to(self.weight.dtype))

@@ -69,33 +69,17 @@ def phase_scan(
     return _scan(delta, segments, initial_state, documents, plan)
 
 
-def phase_write(
+def scan_rotations(
     rotation: Tensor,
     segments: Tensor,
     initial_state: Tensor,
-    documents: Tensor | None = None,
-    valid: Tensor | None = None,
-    phase_bits: int = 32,
-    cumulative: bool = True,
-    scale_gradient: bool = True,
+    documents: Tensor | None,
+    valid: Tensor | None,
+    phase_bits: int,
+    cumulative: bool,
+    scale_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Quantise rotations, scan them, and return angles that gradients flow through.
-
-    Args:
-        rotation: radians, float `[B, T, C]`; rounded to `2**-phase_bits` turn, straight-through in backward.
-        segments, initial_state, documents, valid: as in `phase_scan`.
-        cumulative: False gives the no-recurrence ablation: the angle is the rounded rotation itself and the
-            memory stays as it was.
-        scale_gradient: divide the gradient of a rotation by the square root of its segment's length.
-
-    Returns:
-        angle: radians in `[-pi, pi)`, same shape and dtype as `rotation`. Its Jacobian with respect to the
-            rotations of the same segment is the identity, so the backward is a reverse segmented sum.
-        final_state: int32 turns, `[B, G, C]`.
-
-    Raises:
-        ValueError: if shapes do not agree.
-    """
+    """`phase_write` in plain PyTorch, from rotations in radians `[B, T, C]`; returns `[B, T, C]` and `[B, G, C]`."""
     delta = to_turns(rotation.detach(), phase_bits)
     _check(delta, segments, initial_state)
     plan = plan_segments(segments, initial_state.shape[1], documents, valid)

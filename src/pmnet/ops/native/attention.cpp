@@ -1,0 +1,157 @@
+// Causal sliding-window attention, forward and backward.
+//
+// Shapes: B, T queries, H query heads, K key/value heads, E head width (padded to a multiple of 16 inside), W window.
+// Buffers of keys and values hold the W - 1 positions before the chunk, then the T new ones: query t sees buffer places
+// t .. t + W - 1, of these the last span[t]. Weights outside are exactly zero and add exactly nothing, so results do
+// not depend on how queries are grouped into blocks.
+#include <vector>
+#include "products.h"
+
+constexpr int64_t BLOCK = 64;  // queries handled together
+constexpr int64_t TILE = 8;    // queries of one product
+
+struct Shape {
+    int64_t batch, length, heads, kv_heads, width, window, span_rows;
+    float scale;
+    int64_t padded() const { return (width + LANES - 1) / LANES * LANES; }
+    int64_t columns() const { return (BLOCK + window - 1 + LANES - 1) / LANES * LANES + 2 * LANES; }
+};
+
+// panel[e][j] = rows[j][e]
+static void transpose_rows(const float* rows, int64_t count, int64_t stride, int64_t width, float* panel, int64_t columns) {
+    for (int64_t e = 0; e < width; e += 8)
+        for (int64_t j = 0; j < count; j++)
+            for (int64_t i = e; i < e + 8 && i < width; i++) panel[i * columns + j] = rows[j * stride + i];
+}
+// packed[j][e] = rows[j][e], e padded with zeros
+static void copy_rows(const float* rows, int64_t count, int64_t stride, int64_t width, float* packed, int64_t padded) {
+    for (int64_t j = 0; j < count; j++) memcpy(packed + j * padded, rows + j * stride, width * sizeof(float));
+}
+
+// Softmax of the W scores of a query that see something; zero elsewhere in the row's tile range [begin, end).
+static void window_softmax(float* row, int64_t begin, int64_t end, int64_t first, int64_t window, int64_t span, float scale) {
+    for (int64_t j = begin; j < first + window - span; j++) row[j] = 0;
+    for (int64_t j = first + window; j < end; j++) row[j] = 0;
+    float* s = row + first + window - span;
+    v16 top = splat(-__builtin_inff());
+    for (int64_t j = 0; j < span; j += LANES) {
+        v16 v = load(s + j, span - j);
+        for (int l = 0; span - j < LANES && l < LANES; l++)
+            if (l >= span - j) v[l] = -__builtin_inff();
+        top = greater(top, v);
+    }
+    float most = top[0];
+    for (int l = 1; l < LANES; l++) most = top[l] > most ? top[l] : most;
+    v16 total{}, shift = splat(-most * scale), factor = splat(scale);
+    for (int64_t j = 0; j < span; j += LANES) {
+        v16 w = exp(fma(load(s + j, span - j), factor, shift));
+        for (int l = 0; span - j < LANES && l < LANES; l++)
+            if (l >= span - j) w[l] = 0;
+        total += w;
+        store(s + j, w, span - j);
+    }
+    v16 inverse = splat(1.f / sum(total));
+    for (int64_t j = 0; j < span; j += LANES) store(s + j, load(s + j, span - j) * inverse, span - j);
+}
+
+struct Scratch {  // one thread's working set for one head and one block of queries
+    std::vector<float> keys_t, keys, values, values_t, query, weights, out, slopes, upstream;
+    Scratch(const Shape& s, bool backward)
+        : keys_t(s.padded() * s.columns()), values(s.columns() * s.padded()), query(BLOCK * s.padded()),
+          weights(TILE * s.columns()), out(s.columns() * s.padded()) {
+        if (!backward) return;
+        keys = values, values_t = keys_t, slopes = weights, upstream = query;
+    }
+};
+
+extern "C" {
+
+// query, out [B, T, H, E]; keys, values [B, W - 1 + T, K, E]; span [span_rows = 1 or B, T] in 1 .. W.
+void window_attention(const float* query, const float* keys, const float* values, const int64_t* span, float* out, int64_t batch, int64_t length, int64_t heads,
+                      int64_t kv_heads, int64_t width, int64_t window, int64_t span_rows, float scale) {
+    const Shape s{batch, length, heads, kv_heads, width, window, span_rows, scale};
+    int64_t blocks = (s.length + BLOCK - 1) / BLOCK, padded = s.padded(), columns = s.columns(), group = s.heads / s.kv_heads;
+#pragma omp parallel if (s.batch * s.heads * s.length > 64)
+    {
+        Scratch w(s, false);
+#pragma omp for collapse(3)
+        for (int64_t b = 0; b < s.batch; b++)
+            for (int64_t n = 0; n < blocks; n++)
+                for (int64_t k = 0; k < s.kv_heads; k++) {
+                    int64_t start = n * BLOCK, count = s.length - start < BLOCK ? s.length - start : BLOCK;
+                    int64_t seen = count + s.window - 1, stride = s.kv_heads * s.width;
+                    int64_t from = ((b * (s.window - 1 + s.length) + start) * s.kv_heads + k) * s.width;
+                    transpose_rows(keys + from, seen, stride, s.width, w.keys_t.data(), columns);
+                    copy_rows(values + from, seen, stride, s.width, w.values.data(), padded);
+                    for (int64_t h = k * group; h < (k + 1) * group; h++)
+                        for (int64_t t = 0; t < count; t += TILE) {
+                            int64_t rows = count - t < TILE ? count - t : TILE, end = rows + s.window - 1;
+                            int64_t wide = (end + LANES - 1) / LANES * LANES;
+                            const float* q = query + ((b * s.length + start + t) * s.heads + h) * s.width;
+                            strip<false>(rows, q, s.heads * s.width, 1, w.keys_t.data() + t, columns, w.weights.data(), columns, s.width, wide);
+                            for (int64_t i = 0; i < rows; i++)
+                                window_softmax(w.weights.data() + i * columns, 0, end, i, s.window,
+                                               span[b % s.span_rows * s.length + start + t + i], s.scale);
+                            strip<false>(rows, w.weights.data(), columns, 1, w.values.data() + t * padded, padded, w.out.data(), padded, end, padded);
+                            for (int64_t i = 0; i < rows; i++)
+                                memcpy(out + ((b * s.length + start + t + i) * s.heads + h) * s.width, w.out.data() + i * padded, s.width * sizeof(float));
+                        }
+                }
+    }
+}
+
+// Gradients; grad_keys and grad_values start as zeros. One (row, key head) belongs to one thread.
+void window_attention_backward(
+    const float* query, const float* keys, const float* values, const int64_t* span, const float* upstream,
+    float* grad_query, float* grad_keys, float* grad_values, int64_t batch, int64_t length, int64_t heads,
+    int64_t kv_heads, int64_t width, int64_t window, int64_t span_rows, float scale) {
+    const Shape s{batch, length, heads, kv_heads, width, window, span_rows, scale};
+    int64_t padded = s.padded(), columns = s.columns(), group = s.heads / s.kv_heads, stride = s.kv_heads * s.width;
+#pragma omp parallel
+    {
+        Scratch w(s, true);
+        std::vector<float> sum_keys(columns * padded), sum_values(columns * padded);
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < s.batch; b++)
+            for (int64_t k = 0; k < s.kv_heads; k++)
+                for (int64_t start = 0; start < s.length; start += BLOCK) {
+                    int64_t count = s.length - start < BLOCK ? s.length - start : BLOCK, seen = count + s.window - 1;
+                    int64_t from = ((b * (s.window - 1 + s.length) + start) * s.kv_heads + k) * s.width;
+                    transpose_rows(keys + from, seen, stride, s.width, w.keys_t.data(), columns);
+                    transpose_rows(values + from, seen, stride, s.width, w.values_t.data(), columns);
+                    copy_rows(keys + from, seen, stride, s.width, w.keys.data(), padded);
+                    std::fill(sum_keys.begin(), sum_keys.end(), 0.f);
+                    std::fill(sum_values.begin(), sum_values.end(), 0.f);
+                    for (int64_t h = k * group; h < (k + 1) * group; h++)
+                        for (int64_t t = 0; t < count; t += TILE) {
+                            int64_t rows = count - t < TILE ? count - t : TILE, end = rows + s.window - 1;
+                            int64_t wide = (end + LANES - 1) / LANES * LANES, step = s.heads * s.width;
+                            int64_t at = ((b * s.length + start + t) * s.heads + h) * s.width;
+                            float *p = w.weights.data(), *d = w.slopes.data();
+                            strip<false>(rows, query + at, step, 1, w.keys_t.data() + t, columns, p, columns, s.width, wide);
+                            strip<false>(rows, upstream + at, step, 1, w.values_t.data() + t, columns, d, columns, s.width, wide);
+                            for (int64_t i = 0; i < rows; i++) {
+                                float *row = p + i * columns, *slope = d + i * columns;
+                                window_softmax(row, 0, wide, i, s.window, span[b % s.span_rows * s.length + start + t + i], s.scale);
+                                v16 dot{};
+                                for (int64_t j = 0; j < wide; j += LANES) dot = fma(load(row + j), load(slope + j), dot);
+                                v16 mean = splat(sum(dot)), scale = splat(s.scale);
+                                for (int64_t j = 0; j < wide; j += LANES)
+                                    store(slope + j, load(row + j) * (load(slope + j) - mean) * scale);
+                            }
+                            copy_rows(query + at, rows, step, s.width, w.query.data(), padded);
+                            copy_rows(upstream + at, rows, step, s.width, w.upstream.data(), padded);
+                            strip<true>(end, p, 1, columns, w.upstream.data(), padded, sum_values.data() + t * padded, padded, rows, padded);
+                            strip<true>(end, d, 1, columns, w.query.data(), padded, sum_keys.data() + t * padded, padded, rows, padded);
+                            strip<false>(rows, d, columns, 1, w.keys.data() + t * padded, padded, w.out.data(), padded, end, padded);
+                            for (int64_t i = 0; i < rows; i++) memcpy(grad_query + at + i * step, w.out.data() + i * padded, s.width * sizeof(float));
+                        }
+                    for (int64_t j = 0; j < seen; j++)
+                        for (int64_t e = 0; e < s.width; e++) {
+                            grad_keys[from + j * stride + e] += sum_keys[j * padded + e];
+                            grad_values[from + j * stride + e] += sum_values[j * padded + e];
+                        }
+                }
+    }
+}
+}

@@ -1,0 +1,118 @@
+// y = x W^T + b for up to 16 rows of x: bound by reading W once, not by arithmetic.
+//
+// The sum of an output runs over at most DEPTH inputs at a time, with fused multiply-adds from zero; the bias comes
+// first, then the partial sums in turn. This is what matrix libraries do for many rows (ops/linear.py checks it), so a
+// position gets the same bits alone and in a long chunk.
+//
+// Weights are float [O, K], or 8-bit integers in panels [O / 16, K, 16] with one scale for each output.
+#include "few_rows.h"
+
+constexpr int64_t AHEAD = 64;  // floats to prefetch ahead in each line of the weights
+
+template <int STEP>
+static inline void exchange(v16* x, i16 low, i16 high) {
+    for (int i = 0; i < LANES; i++)
+        if (!(i & STEP)) {
+            v16 a = x[i], b = x[i + STEP];
+            x[i] = __builtin_shuffle(a, b, low);
+            x[i + STEP] = __builtin_shuffle(a, b, high);
+        }
+}
+
+// In place: line i of 16 becomes column i, by exchanging halves, quarters, pairs and neighbours.
+static inline void transpose16(v16* x) {
+    {
+        const i16 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+        const i16 high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
+        exchange<8>(x, low, high);
+    }
+    {
+        const i16 low = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
+        const i16 high = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
+        exchange<4>(x, low, high);
+    }
+    {
+        const i16 low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
+        const i16 high = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
+        exchange<2>(x, low, high);
+    }
+    {
+        const i16 low = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
+        const i16 high = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
+        exchange<1>(x, low, high);
+    }
+}
+
+// Columns k .. k + 15 of the weights of outputs o .. o + 15: column[i] holds w[o + lane][k + i].
+static inline void columns_of(const Weight& w, int64_t o, int64_t k, int64_t count, int64_t deep, v16 scale, v16* column) {
+    if (w.scale) {
+        const int8_t* panel = (const int8_t*)w.values + (o / LANES * w.inputs + k) * LANES;
+        for (int i = 0; i < deep; i++) column[i] = widen(panel + i * LANES) * scale;
+    } else {
+        const float* line = (const float*)w.values + o * w.inputs + k;
+        if (count >= LANES && deep == LANES)
+            for (int i = 0; i < LANES; i++) {
+                column[i] = load(line + i * w.inputs);
+                __builtin_prefetch(line + i * w.inputs + AHEAD);
+            }
+        else
+            for (int i = 0; i < LANES; i++) column[i] = i < count ? load(line + i * w.inputs, deep) : v16{};
+        transpose16(column);
+    }
+}
+
+// Outputs o .. o + 16 TILES - 1 of ROWS rows.
+template <int ROWS, int TILES>
+static inline void outputs_from(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy) {
+    v16 out[ROWS][TILES], scale[TILES];
+    for (int t = 0; t < TILES; t++) {
+        int64_t at = o + t * LANES, count = w.outputs - at;
+        scale[t] = w.scale ? load(w.scale + at, count) : v16{};
+        for (int r = 0; r < ROWS; r++) out[r][t] = w.bias ? load(w.bias + at, count) : v16{};
+    }
+    for (int64_t from = 0; from < w.inputs; from += DEPTH) {
+        int64_t to = from + DEPTH < w.inputs ? from + DEPTH : w.inputs;
+        v16 total[ROWS][TILES] = {};
+        for (int64_t k = from; k < to; k += LANES) {
+            int64_t deep = to - k < LANES ? to - k : LANES;
+            for (int t = 0; t < TILES; t++) {
+                v16 column[LANES];
+                columns_of(w, o + t * LANES, k, w.outputs - o - t * LANES, deep, scale[t], column);
+                if (deep == LANES) {
+                    for (int i = 0; i < LANES; i++)
+                        for (int r = 0; r < ROWS; r++) total[r][t] = fma(splat(x[r * ldx + k + i]), column[i], total[r][t]);
+                } else {
+                    for (int i = 0; i < deep; i++)
+                        for (int r = 0; r < ROWS; r++) total[r][t] = fma(splat(x[r * ldx + k + i]), column[i], total[r][t]);
+                }
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            for (int t = 0; t < TILES; t++) out[r][t] = from || w.bias ? out[r][t] + total[r][t] : total[r][t];
+    }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TILES; t++) store(y + r * ldy + o + t * LANES, out[r][t], w.outputs - o - t * LANES);
+}
+
+template <int TILES>
+static inline void all_rows(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy, int64_t rows) {
+    int64_t r = 0;
+    for (; r + 4 <= rows; r += 4) outputs_from<4, TILES>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+    for (; r < rows; r++) outputs_from<1, TILES>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+}
+
+void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
+    constexpr int64_t PAIR = 2 * LANES;
+#pragma omp parallel for schedule(static) if (w.outputs * w.inputs > 16384)
+    for (int64_t o = 0; o < w.outputs; o += PAIR)
+        w.outputs - o > LANES ? all_rows<2>(x, ldx, w, o, y, ldy, rows) : all_rows<1>(x, ldx, w, o, y, ldy, rows);
+}
+
+extern "C" {
+
+// x [R, K] dense, y [R, O]; scale null for float weights, bias null for none.
+void linear_few_rows(const float* x, const void* values, const float* scale, const float* bias, float* y, int64_t rows, int64_t inputs,
+                     int64_t outputs) {
+    few_rows(x, inputs, Weight{values, scale, bias, inputs, outputs}, y, outputs, rows);
+}
+}

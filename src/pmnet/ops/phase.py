@@ -1,0 +1,216 @@
+"""Agreement of phases, and reading slots by it (DESIGN section 1, steps 2 and 3).
+
+Shapes: B, T, R read heads, N slots, M phases, G groups. A *raw* value x stands for the angle `pi * tanh(x)` in radians.
+Angles are float32 (float64 in a float64 model), never half precision.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmnet.ops import backend
+from pmnet.ops.gather import lookup
+from pmnet.ops.linear import products, row_stable_linear
+from pmnet.ops.native import library
+
+MOST_SLOTS = 64  # of the native kernels
+_BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
+
+
+def to_angle(raw: Tensor) -> Tensor:
+    """`pi * tanh(raw)`, radians in `(-pi, pi)`, at least float32."""
+    return math.pi * torch.tanh(raw if raw.dtype == torch.float64 else raw.float())
+
+
+def address(query: Tensor, keys: Tensor) -> Tensor:
+    """Softmax over the slots of the phase agreement `sum_m cos(q_m - k_m) / sqrt(M)`.
+
+    Args:
+        query: raw, `[B, T, R, M]`.
+        keys: raw, `[B, T, N, R, M]`.
+
+    Returns:
+        Weights that sum to 1 over the slots, `[B, T, N, R]`.
+    """
+    if backend.native(query) and keys.shape[2] <= MOST_SLOTS:
+        return _address(query, keys)
+    difference = to_angle(query).unsqueeze(2) - to_angle(keys)
+    return (torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=2)
+
+
+def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+    """`[sin ; cos]` of a phase field turned by the anchors of the visited groups.
+
+    Args:
+        field: radians, `[B, T, N, M]`; None is zero.
+        anchors: radians, `[G, N, M]`.
+        groups: int64 in `[0, G)`, `[B, T]`.
+
+    Returns:
+        `[B, T, N, 2M]`, never half precision.
+    """
+    if backend.native(anchors):
+        return _geometry(field, anchors, groups)
+    table = anchors.flatten(1)
+    rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
+    phi = rows.view(*groups.shape, *anchors.shape[1:])
+    phi = phi if field is None else field + phi
+    return torch.cat([torch.sin(phi), torch.cos(phi)], dim=-1)
+
+
+def read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
+    """What each read head sees: slots mixed by the agreement of their keys with the query.
+
+    The keys are `geometry @ key_weight.T + key_bias`, raw.
+
+    Args:
+        query: raw, `[B, T, R, M]`.
+        geometry: `[B, T, N, 2M]`.
+        key_weight, key_bias: `[R * M, 2M]`, `[R * M]`.
+
+    Returns:
+        `sum_n a_n geometry_n`, `[B, T, R, 2M]`.
+    """
+    if backend.native(query) and geometry.shape[2] <= MOST_SLOTS:
+        return _read_slots(query, geometry, key_weight, key_bias)
+    heads = query.shape[2:]
+    keys = row_stable_linear(geometry, key_weight, key_bias).unflatten(-1, heads)
+    weights = address(query, keys)
+    mixed = torch.bmm(weights.transpose(2, 3).flatten(0, 1), geometry.flatten(0, 1))
+    return mixed.view(*query.shape[:3], geometry.shape[3])
+
+
+def _kernels() -> Any:
+    return library()
+
+
+def _pointers(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("pmnet::address", mutates_args=())
+def _address(query: Tensor, keys: Tensor) -> Tensor:
+    query, keys = query.contiguous(), keys.contiguous()
+    batch, length, slots, heads, size = keys.shape
+    weights = query.new_empty(batch, length, slots, heads)
+    _kernels().address(*_pointers(query, keys, weights), batch * length, slots, heads, size)
+    return weights
+
+
+@torch.library.custom_op("pmnet::address_backward", mutates_args=())
+def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    query, keys, upstream = query.contiguous(), keys.contiguous(), upstream.contiguous()
+    batch, length, slots, heads, size = keys.shape
+    grads = torch.empty_like(query), torch.empty_like(keys)
+    _kernels().address_backward(
+        *_pointers(query, keys, weights, upstream, *grads), batch * length, slots, heads, size
+    )
+    return grads
+
+
+@torch.library.custom_op("pmnet::geometry", mutates_args=())
+def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+    field = None if field is None else field.contiguous()
+    anchors, groups = anchors.contiguous(), groups.contiguous()
+    slots, size = anchors.shape[1:]
+    out = anchors.new_empty(*groups.shape, slots, 2 * size)
+    _kernels().geometry(*_pointers(field, anchors, groups, out), groups.numel(), slots, size)
+    return out
+
+
+@torch.library.custom_op("pmnet::geometry_backward", mutates_args=())
+def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
+    upstream = upstream.contiguous()
+    *leading, width = geometry.shape
+    grad = geometry.new_empty(*leading, width // 2)
+    _kernels().geometry_backward(*_pointers(geometry, upstream, grad), geometry.numel() // width, width // 2)
+    return grad
+
+
+@torch.library.custom_op("pmnet::read_slots", mutates_args=())
+def _read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
+    batch, length, heads, size = query.shape
+    slots, width = geometry.shape[2:]
+    query, geometry = query.contiguous(), geometry.contiguous()
+    mixed = query.new_empty(batch, length, heads, width)
+    per_block = max(16, _BLOCK // (slots * heads * size))
+    parts = (x.flatten(0, 1).split(per_block) for x in (query, geometry, mixed))
+    for q, g, m in zip(*parts, strict=True):
+        keys = products(g.view(-1, width), key_weight, key_bias)
+        weights = q.new_empty(q.shape[0], slots, heads)
+        _kernels().address(*_pointers(q, keys, weights), q.shape[0], slots, heads, size)
+        _kernels().mix(*_pointers(weights, g, m), q.shape[0], slots, heads, width)
+    return mixed
+
+
+@torch.library.custom_op("pmnet::read_slots_backward", mutates_args=())
+def _read_slots_backward(
+    query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor, upstream: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys are computed again, a block of positions at a time, instead of being kept since the forward pass."""
+    heads, size = query.shape[2:]
+    slots, width = geometry.shape[2:]
+    query, geometry, upstream = query.contiguous(), geometry.contiguous(), upstream.contiguous()
+    grads = torch.empty_like(query), torch.empty_like(geometry)
+    grad_weight, grad_bias = torch.zeros_like(key_weight), torch.zeros_like(key_bias)
+    per_block = max(16, _BLOCK // (slots * heads * size))
+    parts = (x.flatten(0, 1).split(per_block) for x in (query, geometry, upstream, *grads))
+    for q, g, up, grad_query, grad_geometry in zip(*parts, strict=True):
+        count = q.shape[0]
+        keys = products(g.view(-1, width), key_weight, key_bias)
+        weights, slopes = q.new_empty(count, slots, heads), q.new_empty(count, slots, heads)
+        _kernels().address(*_pointers(q, keys, weights), count, slots, heads, size)
+        _kernels().mix_backward(*_pointers(weights, g, up, slopes, grad_geometry), count, slots, heads, width)
+        _kernels().address_backward(
+            *_pointers(q, keys, weights, slopes, grad_query, keys), count, slots, heads, size
+        )  # the gradient of the keys takes their place
+        grad_geometry.view(-1, width).addmm_(keys, key_weight)
+        grad_weight.addmm_(keys.t(), g.view(-1, width))
+        grad_bias += keys.sum(0)
+    return *grads, grad_weight, grad_bias
+
+
+_address.register_fake(lambda query, keys: keys.new_empty(keys.shape[:4]))
+_address_backward.register_fake(lambda query, keys, *_: (_dense(query), _dense(keys)))
+_geometry.register_fake(
+    lambda field, anchors, groups: anchors.new_empty(*groups.shape, anchors.shape[1], 2 * anchors.shape[2])
+)
+_geometry_backward.register_fake(lambda geometry, _: geometry.new_empty(*geometry.shape[:-1], geometry.shape[-1] // 2))
+_read_slots.register_fake(lambda query, geometry, *_: query.new_empty(*query.shape[:3], geometry.shape[3]))
+_read_slots_backward.register_fake(lambda *tensors: tuple(_dense(tensor) for tensor in tensors[:4]))
+
+
+def _save_all(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _save_weights(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _save_geometry(ctx: Any, inputs: tuple[Tensor | None, Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[2], output)
+    ctx.has_field, ctx.anchors = inputs[0] is not None, inputs[1].shape
+
+
+def _gradient_of_phases(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    groups, found = ctx.saved_tensors
+    grad = _geometry_backward(found, upstream)
+    chosen = torch.arange(ctx.anchors[0], device=groups.device).unsqueeze(1) == groups.flatten()
+    anchors = (chosen.to(grad.dtype) @ grad.view(groups.numel(), -1)).view(ctx.anchors)
+    return grad if ctx.has_field else None, anchors, None
+
+
+_address.register_autograd(
+    lambda ctx, upstream: _address_backward(*ctx.saved_tensors, upstream), setup_context=_save_weights
+)
+_geometry.register_autograd(_gradient_of_phases, setup_context=_save_geometry)
+_read_slots.register_autograd(
+    lambda ctx, upstream: _read_slots_backward(*ctx.saved_tensors, upstream), setup_context=_save_all
+)
