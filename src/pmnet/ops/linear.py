@@ -18,7 +18,7 @@ from pmnet.ops.backend import native
 from pmnet.ops.native import library
 
 MIN_ROWS = 16
-MAX_DEPTH = 256
+MAX_DEPTH = 384
 
 
 def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -46,11 +46,18 @@ def products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _few_rows(rows, weight, bias)
     if count < MIN_ROWS:
         rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
-    out = F.linear(rows[:, :MAX_DEPTH], weight[:, :MAX_DEPTH], bias)
-    for depth in range(MAX_DEPTH, rows.shape[1], MAX_DEPTH):
-        part = slice(depth, depth + MAX_DEPTH)
+    step = depth_of(rows.shape[1])
+    out = F.linear(rows[:, :step], weight[:, :step], bias)
+    for depth in range(step, rows.shape[1], step):
+        part = slice(depth, depth + step)
         out.addmm_(rows[:, part], weight[:, part].t())
     return out[:count].clone() if count < MIN_ROWS else out
+
+
+def depth_of(inputs: int) -> int:
+    """Summands of one pass: the fewest passes of at most `MAX_DEPTH`, evenly long, in multiples of 16."""
+    passes = -(-inputs // MAX_DEPTH)
+    return -(-inputs // (16 * passes)) * 16
 
 
 def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -68,7 +75,7 @@ def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def library_sums_in_order() -> bool:
     """Whether the matrix library's products of many rows have the bits of the native kernel's."""
     generator = torch.Generator().manual_seed(0)
-    for depth, outputs, count in ((256, 64, 16), (200, 130, 48), (64, 256, 300), (13, 7, 33)):
+    for depth, outputs, count in ((384, 64, 16), (200, 130, 48), (64, 256, 300), (13, 7, 33)):
         rows, weight = (torch.randn(n, depth, generator=generator) for n in (count, outputs))
         bias = torch.randn(outputs, generator=generator)
         if not torch.equal(F.linear(rows, weight, bias)[-3:], _few_rows(rows[-3:], weight, bias)):

@@ -70,8 +70,9 @@ static inline void outputs_from(const float* x, int64_t ldx, const Weight& w, in
         scale[t] = w.scale ? load(w.scale + at, count) : v16{};
         for (int r = 0; r < ROWS; r++) out[r][t] = w.bias ? load(w.bias + at, count) : v16{};
     }
-    for (int64_t from = 0; from < w.inputs; from += DEPTH) {
-        int64_t to = from + DEPTH < w.inputs ? from + DEPTH : w.inputs;
+    int64_t passes = (w.inputs + DEPTH - 1) / DEPTH, step = (w.inputs + LANES * passes - 1) / (LANES * passes) * LANES;
+    for (int64_t from = 0; from < w.inputs; from += step) {
+        int64_t to = from + step < w.inputs ? from + step : w.inputs;
         v16 total[ROWS][TILES] = {};
         for (int64_t k = from; k < to; k += LANES) {
             int64_t deep = to - k < LANES ? to - k : LANES;

@@ -2,7 +2,7 @@
 #pragma once
 #include "vector.h"
 
-constexpr int64_t DEPTH = 256;  // longest sum of one pass, MAX_DEPTH of ops/linear.py
+constexpr int64_t DEPTH = 384;  // longest sum of one pass, MAX_DEPTH of ops/linear.py
 
 struct Weight {
     const void* values;  // float [O, K], or int8 panels [O / 16, K, 16] if there is a scale
