@@ -34,7 +34,6 @@ class PMNetCache(Cache):
 
     Attributes:
         memory: one int32 tensor of turns per level, `[B, N**l, N, M]`.
-        window: keys and values per layer, `[B, W - 1, K, E]` each.
         seen: positions read per sequence, int64 `[B]`, padding excluded.
         in_document: positions of each sequence's current document, int64 `[B]`.
         next_position: rotary position that continues each sequence, int64 `[B]`.
@@ -52,7 +51,8 @@ class PMNetCache(Cache):
         self.memory = empty_memory(config, batch_size, device)
         shape = (batch_size, config.sliding_window - 1, config.num_key_value_heads, config.head_dim)
         kind = dtype or torch.get_default_dtype()
-        self.window = [
+        self._ring: Ring | None = None
+        self._window = [
             PastKeys(torch.zeros(shape, device=device, dtype=kind), torch.zeros(shape, device=device, dtype=kind))
             for _ in range(config.num_hidden_layers)
         ]
@@ -61,11 +61,27 @@ class PMNetCache(Cache):
         )
         self.columns = 0
 
+    @property
+    def window(self) -> list[PastKeys]:
+        """Keys and values per layer, `[B, W - 1, K, E]` each."""
+        return self._window if self._ring is None else self._ring.window()
+
+    @window.setter
+    def window(self, window: list[PastKeys]) -> None:
+        self._window, self._ring = window, None
+
+    def ring(self) -> "Ring":
+        """The window with room for at least one further position, so that a step moves no keys."""
+        if self._ring is None or self._ring.full:
+            self._ring = Ring(self.window)
+            self._window = []
+        return self._ring
+
     def __repr__(self) -> str:
         return f"PMNetCache(batch_size={self.batch_size}, columns={self.columns}, nbytes={self.nbytes:,})"
 
     def __len__(self) -> int:
-        return len(self.window)
+        return len(self._window) if self._ring is None else len(self._ring.buffers)
 
     @property
     def batch_size(self) -> int:
@@ -184,6 +200,7 @@ class PMNetCache(Cache):
             raise FileNotFoundError(f"no state file at {path}")
         cache = object.__new__(cls)
         Cache.__init__(cache, layers=[])
+        cache._ring = None
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 metadata = file.metadata() or {}
@@ -211,6 +228,32 @@ class PMNetCache(Cache):
         self.window = [PastKeys(change(past.keys), change(past.values)) for past in self.window]
         for name in _COUNTERS:
             setattr(self, name, change(getattr(self, name)))
+
+
+class Ring:
+    """Buffers of keys and values with free places at the end; the window is a view that moves along."""
+
+    ROOM = 128
+
+    def __init__(self, window: list[PastKeys]):
+        self.offset, self.width = 0, window[0].keys.shape[1]
+        self.buffers = [PastKeys(_with_room(past.keys), _with_room(past.values)) for past in window]
+
+    @property
+    def full(self) -> bool:
+        """Whether the next step has no place for its key."""
+        return self.offset == self.ROOM
+
+    def window(self) -> list[PastKeys]:
+        """The last `W - 1` keys and values of every layer."""
+        part = slice(self.offset, self.offset + self.width)
+        return [PastKeys(buffer.keys[:, part], buffer.values[:, part]) for buffer in self.buffers]
+
+
+def _with_room(x: Tensor) -> Tensor:
+    buffer = x.new_empty(x.shape[0], x.shape[1] + Ring.ROOM, *x.shape[2:])
+    buffer[:, : x.shape[1]] = x
+    return buffer
 
 
 def _layout(cache: PMNetCache) -> dict[str, tuple[int, ...]]:

@@ -19,6 +19,7 @@ from pmnet.model.attention import rotary_angles
 from pmnet.model.block import PMNetBlock
 from pmnet.model.cache import PMNetCache
 from pmnet.model.chunk import read_chunk
+from pmnet.model.step import try_step
 from pmnet.ops import Linear, RMSNorm
 
 
@@ -118,6 +119,14 @@ class PMNetModel(PMNetPreTrainedModel):
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
+        if past_key_values is not None and hidden.shape[1] == 1 and not (
+            self.training or output_hidden_states or document_ids is not None
+        ):
+            stepped = try_step(
+                self.config, self.layers, self.memory_embeddings, hidden, attention_mask, position_ids, past_key_values
+            )
+            if stepped is not None:
+                return BaseModelOutputWithPast(last_hidden_state=self.norm(stepped), past_key_values=past_key_values)
         dropout = self.config.attention_dropout if self.training else 0.0
         chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
         hidden = chunk.compact(hidden)

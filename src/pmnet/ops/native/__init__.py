@@ -37,6 +37,7 @@ _SIGNATURES = {
     "geometry": [_POINTER] * 4 + [_INT] * 3,
     "geometry_backward": [_POINTER] * 3 + [_INT] * 2,
     "segment_counts": [_POINTER] * 4 + [_INT] * 3,
+    "decode_step": [_POINTER] * 7,
     "phase_write": [_POINTER] * 7 + [_INT] * 7,
     "phase_write_backward": [_POINTER] * 9 + [_INT] * 7,
 }

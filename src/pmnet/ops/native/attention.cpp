@@ -4,18 +4,10 @@
 // Buffers of keys and values hold the W - 1 positions before the chunk, then the T new ones: query t sees buffer places
 // t .. t + W - 1, of these the last span[t]. Weights outside are exactly zero and add exactly nothing, so results do
 // not depend on how queries are grouped into blocks.
-#include <vector>
+#include "kernels.h"
 #include "products.h"
 
-constexpr int64_t BLOCK = 64;  // queries handled together
-constexpr int64_t TILE = 8;    // queries of one product
-
-struct Shape {
-    int64_t batch, length, heads, kv_heads, width, window, span_rows;
-    float scale;
-    int64_t padded() const { return (width + LANES - 1) / LANES * LANES; }
-    int64_t columns() const { return (BLOCK + window - 1 + LANES - 1) / LANES * LANES + 2 * LANES; }
-};
+constexpr int64_t TILE = 8;  // queries of one product
 
 // panel[e][j] = rows[j][e]
 static void transpose_rows(const float* rows, int64_t count, int64_t stride, int64_t width, float* panel, int64_t columns) {
@@ -64,14 +56,27 @@ struct Scratch {  // one thread's working set for one head and one block of quer
     }
 };
 
-extern "C" {
+// The queries of one block for one key head; `keys` and `values` point at the first place the block sees.
+static void attend_block(const Shape& s, Scratch& w, const float* query, const float* keys, const float* values, const int64_t* span,
+                         float* out, int64_t count) {
+    int64_t padded = s.padded(), columns = s.columns(), stride = s.kv_heads * s.width, step = s.heads * s.width;
+    transpose_rows(keys, count + s.window - 1, stride, s.width, w.keys_t.data(), columns);
+    copy_rows(values, count + s.window - 1, stride, s.width, w.values.data(), padded);
+    for (int64_t h = 0; h < s.heads / s.kv_heads; h++)
+        for (int64_t t = 0; t < count; t += TILE) {
+            int64_t rows = count - t < TILE ? count - t : TILE, end = rows + s.window - 1, at = t * step + h * s.width;
+            int64_t wide = (end + LANES - 1) / LANES * LANES;
+            strip<false>(rows, query + at, step, 1, w.keys_t.data() + t, columns, w.weights.data(), columns, s.width, wide);
+            for (int64_t i = 0; i < rows; i++)
+                window_softmax(w.weights.data() + i * columns, 0, end, i, s.window, span[t + i], s.scale);
+            strip<false>(rows, w.weights.data(), columns, 1, w.values.data() + t * padded, padded, w.out.data(), padded, end, padded);
+            for (int64_t i = 0; i < rows; i++) memcpy(out + at + i * step, w.out.data() + i * padded, s.width * sizeof(float));
+        }
+}
 
-// query, out [B, T, H, E]; keys, values [B, W - 1 + T, K, E]; span [span_rows = 1 or B, T] in 1 .. W.
-void window_attention(const float* query, const float* keys, const float* values, const int64_t* span, float* out, int64_t batch, int64_t length, int64_t heads,
-                      int64_t kv_heads, int64_t width, int64_t window, int64_t span_rows, float scale) {
-    const Shape s{batch, length, heads, kv_heads, width, window, span_rows, scale};
-    int64_t blocks = (s.length + BLOCK - 1) / BLOCK, padded = s.padded(), columns = s.columns(), group = s.heads / s.kv_heads;
-#pragma omp parallel if (s.batch * s.heads * s.length > 64)
+void attend(const float* query, const float* keys, const float* values, const int64_t* span, float* out, const Shape& s) {
+    int64_t blocks = (s.length + BLOCK - 1) / BLOCK, group = s.heads / s.kv_heads;
+#pragma omp parallel if (s.batch * s.heads * s.length * s.window > 1024)
     {
         Scratch w(s, false);
 #pragma omp for collapse(3)
@@ -79,25 +84,19 @@ void window_attention(const float* query, const float* keys, const float* values
             for (int64_t n = 0; n < blocks; n++)
                 for (int64_t k = 0; k < s.kv_heads; k++) {
                     int64_t start = n * BLOCK, count = s.length - start < BLOCK ? s.length - start : BLOCK;
-                    int64_t seen = count + s.window - 1, stride = s.kv_heads * s.width;
-                    int64_t from = ((b * (s.window - 1 + s.length) + start) * s.kv_heads + k) * s.width;
-                    transpose_rows(keys + from, seen, stride, s.width, w.keys_t.data(), columns);
-                    copy_rows(values + from, seen, stride, s.width, w.values.data(), padded);
-                    for (int64_t h = k * group; h < (k + 1) * group; h++)
-                        for (int64_t t = 0; t < count; t += TILE) {
-                            int64_t rows = count - t < TILE ? count - t : TILE, end = rows + s.window - 1;
-                            int64_t wide = (end + LANES - 1) / LANES * LANES;
-                            const float* q = query + ((b * s.length + start + t) * s.heads + h) * s.width;
-                            strip<false>(rows, q, s.heads * s.width, 1, w.keys_t.data() + t, columns, w.weights.data(), columns, s.width, wide);
-                            for (int64_t i = 0; i < rows; i++)
-                                window_softmax(w.weights.data() + i * columns, 0, end, i, s.window,
-                                               span[b % s.span_rows * s.length + start + t + i], s.scale);
-                            strip<false>(rows, w.weights.data(), columns, 1, w.values.data() + t * padded, padded, w.out.data(), padded, end, padded);
-                            for (int64_t i = 0; i < rows; i++)
-                                memcpy(out + ((b * s.length + start + t + i) * s.heads + h) * s.width, w.out.data() + i * padded, s.width * sizeof(float));
-                        }
+                    int64_t from = ((b * s.buffer + start) * s.kv_heads + k) * s.width;
+                    int64_t at = ((b * s.length + start) * s.heads + k * group) * s.width;
+                    attend_block(s, w, query + at, keys + from, values + from, span + b % s.span_rows * s.length + start, out + at, count);
                 }
     }
+}
+
+extern "C" {
+
+// query, out [B, T, H, E]; keys, values [B, W - 1 + T, K, E]; span [span_rows = 1 or B, T] in 1 .. W.
+void window_attention(const float* query, const float* keys, const float* values, const int64_t* span, float* out, int64_t batch, int64_t length,
+                      int64_t heads, int64_t kv_heads, int64_t width, int64_t window, int64_t span_rows, float scale) {
+    attend(query, keys, values, span, out, Shape{batch, length, heads, kv_heads, width, window, span_rows, scale, window - 1 + length});
 }
 
 // Gradients; grad_keys and grad_values start as zeros. One (row, key head) belongs to one thread.
@@ -105,7 +104,7 @@ void window_attention_backward(
     const float* query, const float* keys, const float* values, const int64_t* span, const float* upstream,
     float* grad_query, float* grad_keys, float* grad_values, int64_t batch, int64_t length, int64_t heads,
     int64_t kv_heads, int64_t width, int64_t window, int64_t span_rows, float scale) {
-    const Shape s{batch, length, heads, kv_heads, width, window, span_rows, scale};
+    const Shape s{batch, length, heads, kv_heads, width, window, span_rows, scale, window - 1 + length};
     int64_t padded = s.padded(), columns = s.columns(), group = s.heads / s.kv_heads, stride = s.kv_heads * s.width;
 #pragma omp parallel
     {
@@ -116,7 +115,7 @@ void window_attention_backward(
             for (int64_t k = 0; k < s.kv_heads; k++)
                 for (int64_t start = 0; start < s.length; start += BLOCK) {
                     int64_t count = s.length - start < BLOCK ? s.length - start : BLOCK, seen = count + s.window - 1;
-                    int64_t from = ((b * (s.window - 1 + s.length) + start) * s.kv_heads + k) * s.width;
+                    int64_t from = (b * s.buffer + start) * stride + k * s.width;
                     transpose_rows(keys + from, seen, stride, s.width, w.keys_t.data(), columns);
                     transpose_rows(values + from, seen, stride, s.width, w.values_t.data(), columns);
                     copy_rows(keys + from, seen, stride, s.width, w.keys.data(), padded);

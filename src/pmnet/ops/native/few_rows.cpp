@@ -5,7 +5,7 @@
 // position gets the same bits alone and in a long chunk.
 //
 // Weights are float [O, K], or 8-bit integers in panels [O / 16, K, 16] with one scale for each output.
-#include "few_rows.h"
+#include "kernels.h"
 
 constexpr int64_t AHEAD = 64;  // floats to prefetch ahead in each line of the weights
 

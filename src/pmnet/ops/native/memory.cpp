@@ -2,60 +2,7 @@
 //
 // Shapes: P positions (B * T), R read heads, N slots, M phases. Angles are radians; a raw value x
 // stands for the angle pi * tanh(x). Equations: arXiv 2605.13370, steps 2 and 3 of a layer.
-#include "vector.h"
-
-constexpr int MOST_SLOTS = 64;
-
-static inline void softmax(float* x, int64_t count) {
-    float top = x[0], total = 0;
-    for (int64_t n = 1; n < count; n++) top = x[n] > top ? x[n] : top;
-    for (int64_t n = 0; n < count; n += LANES) {
-        v16 e = exp(load(x + n, count - n) - splat(top));
-        store(x + n, e, count - n);
-    }
-    for (int64_t n = 0; n < count; n++) total += x[n];
-    for (int64_t n = 0; n < count; n++) x[n] /= total;
-}
-
-// Weights a_n = softmax_n(sum_m cos(q_m - k_nm) / sqrt(M)) of one position and head; keys of slot n at keys + n * stride.
-static inline void address_head(const float* query, const float* keys, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
-    float scores[MOST_SLOTS];
-    v16 total[MOST_SLOTS];
-    for (int64_t n = 0; n < slots; n++) total[n] = v16{};
-    for (int64_t m = 0; m < size; m += LANES) {
-        int64_t left = size - m;
-        v16 q = tanh(load(query + m, left));
-        for (int64_t n = 0; n < slots; n++) {
-            v16 c = cosine_pi(q - tanh(load(keys + n * stride + m, left)));
-            for (int l = 0; left < LANES && l < LANES; l++)
-                if (l >= left) c[l] = 0;
-            total[n] += c;
-        }
-    }
-    float scale = 1.f / __builtin_sqrtf((float)size);
-    for (int64_t n = 0; n < slots; n++) scores[n] = sum(total[n]) * scale;
-    softmax(scores, slots);
-    for (int64_t n = 0; n < slots; n++) weights[n * step] = scores[n];
-}
-
-static inline void mix_head(const float* weights, int64_t step, const float* geometry, int64_t slots, int64_t width, float* mixed) {
-    for (int64_t c = 0; c < width; c += LANES) {
-        v16 total{};
-        for (int64_t n = 0; n < slots; n++) total = fma(splat(weights[n * step]), load(geometry + n * width + c, width - c), total);
-        store(mixed + c, total, width - c);
-    }
-}
-
-// [sin ; cos] of field + anchor for one slot; field may be null (zero)
-static inline void geometry_row(const float* field, const float* anchor, float* out, int64_t size) {
-    for (int64_t m = 0; m < size; m += LANES) {
-        v16 x = load(anchor + m, size - m), s, c;
-        if (field) x += load(field + m, size - m);
-        sine_cosine(x, &s, &c);
-        store(out + m, s, size - m);
-        store(out + size + m, c, size - m);
-    }
-}
+#include "phases.h"
 
 extern "C" {
 

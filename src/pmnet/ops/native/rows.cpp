@@ -1,23 +1,7 @@
-// What is computed row by row: norms, the rotary rotation, the gate of the MLP, and products with few rows.
+// What is computed row by row: norms, the rotary rotation, the gate of the MLP.
 //
-// Shapes: rows R, width D; weights are [O, K] as in torch.nn.Linear.
-#include "vector.h"
-
-static inline float inverse_norm(const float* x, int64_t width, float eps) {
-    v16 squares{};
-    for (int64_t i = 0; i < width; i += LANES) {
-        v16 v = load(x + i, width - i);
-        squares = fma(v, v, squares);
-    }
-    return 1.f / __builtin_sqrtf(sum(squares) / width + eps);
-}
-
-// y = x / rms(x) * weight
-static inline void norm_row(const float* x, const float* weight, float* y, int64_t width, float eps) {
-    v16 scale = splat(inverse_norm(x, width, eps));
-    for (int64_t i = 0; i < width; i += LANES)
-        store(y + i, load(x + i, width - i) * scale * load(weight + i, width - i), width - i);
-}
+// Shapes: rows R, width D of a row, B, T, H heads, E width of a head.
+#include "rows.h"
 
 // Gradient of x; adds the gradient of the weight to `grad_weight`.
 static inline void norm_row_gradient(
@@ -35,19 +19,6 @@ static inline void norm_row_gradient(
         int64_t left = width - i;
         v16 normed = load(x + i, left) * r, g = load(upstream + i, left) * load(weight + i, left);
         store(grad_x + i, (g - normed * mean) * r, left);
-    }
-}
-
-// Rotate one head: element j turns together with element j + width / 2. `direction` -1 turns back (the gradient).
-static inline void rotate_row(const float* x, const float* cosine, const float* sine, float* y, int64_t width, float direction) {
-    int64_t half = width / 2;
-    v16 sign = splat(direction);
-    for (int64_t i = 0; i < half; i += LANES) {
-        int64_t left = half - i;
-        v16 a = load(x + i, left), b = load(x + half + i, left);
-        v16 c = load(cosine + i, left), s = load(sine + i, left) * sign;
-        store(y + i, fma(a, c, -(b * s)), left);
-        store(y + half + i, fma(b, c, a * s), left);
     }
 }
 
@@ -100,8 +71,7 @@ void norm_rotate_backward(
 void silu_product(const float* gate, const float* up, float* y, int64_t count) {
 #pragma omp parallel for if (count > 16384)
     for (int64_t i = 0; i < count; i += LANES) {
-        v16 g = load(gate + i, count - i);
-        store(y + i, g * logistic(g) * load(up + i, count - i), count - i);
+        store(y + i, silu(load(gate + i, count - i)) * load(up + i, count - i), count - i);
     }
 }
 

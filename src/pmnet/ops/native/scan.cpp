@@ -3,46 +3,14 @@
 // Shapes: B sequences, T positions, G groups of the level, N slots, M phases. On a CPU the recurrence itself is the
 // fastest scan: a thread walks along one sequence with 32 phases of every slot, whose state stays in its cache.
 #include <vector>
-#include "vector.h"
+#include "kernels.h"
+#include "phases.h"
 
-struct Scan {
-    int64_t batch, length, groups, slots, size, bits, cumulative;
-};
 constexpr int64_t PART = 32;  // phases of one walk
 
-// One rotation: round(p * theta / 2pi * 2^bits), in turns of 2^32; what is not finite is zero.
-static inline int32_t turns(float weight, float angle, double steps, int shift) {
-    double x = __builtin_rint((double)(weight * angle) * steps);
-    x = __builtin_fabs(x) < 9e15 ? x : 0.0;
-    return (int32_t)((uint32_t)(int64_t)x << shift);
-}
-
-constexpr double RADIANS = 6.283185307179586476925 / 4294967296.0;
-
-extern "C" {
-
-// counts[b, t]: real positions of the document that visit the same group as t; documents and valid may be null.
-void segment_counts(const int64_t* groups, const int64_t* documents, const bool* valid, int64_t* counts, int64_t batch, int64_t length,
-                    int64_t group_count) {
-#pragma omp parallel for if (batch * length > 16384)
-    for (int64_t b = 0; b < batch; b++) {
-        std::vector<int64_t> visits(group_count);
-        for (int64_t from = b * length, to; from < (b + 1) * length; from = to) {
-            std::fill(visits.begin(), visits.end(), 0);
-            for (to = from; to < (b + 1) * length && (!documents || documents[to] == documents[from]); to++)
-                if (!valid || valid[to]) visits[groups[to]]++;
-            for (int64_t t = from; t < to; t++) counts[t] = visits[groups[t]] > 0 ? visits[groups[t]] : 1;
-        }
-    }
-}
-
-// theta = pi * tanh(raw); delta = rounded p * theta; the state of the visited group turns by delta.
-// weights [B, T, N], raw [B, T, M], groups [B, T], documents and valid [B, T] or null, memory [B, G, N, M] turns (updated),
-// angle [B, T, N, M]: radians right after the write (of delta itself, if not cumulative).
-void phase_write(const float* weights, const float* raw, const int64_t* groups, const int64_t* documents, const bool* valid,
-                 int32_t* memory, float* angle, int64_t batch, int64_t length, int64_t group_count,
-                 int64_t slots, int64_t size, int64_t bits, int64_t cumulative) {
-    const Scan s{batch, length, group_count, slots, size, bits, cumulative};
+// theta = pi * tanh(raw); delta = rounded p * theta; the state of the visited group turns by delta. See phase_write.
+void turn(const float* weights, const float* raw, const int64_t* groups, const int64_t* documents, const bool* valid, int32_t* memory,
+          float* angle, const Scan& s) {
     double steps = __builtin_ldexp(1.0, s.bits) / 6.283185307179586476925;
     int shift = 32 - s.bits;
     int64_t part = PART, parts = (s.size + part - 1) / part;
@@ -74,6 +42,31 @@ void phase_write(const float* weights, const float* raw, const int64_t* groups, 
                 }
             }
         }
+}
+
+extern "C" {
+
+// counts[b, t]: real positions of the document that visit the same group as t; documents and valid may be null.
+void segment_counts(const int64_t* groups, const int64_t* documents, const bool* valid, int64_t* counts, int64_t batch, int64_t length,
+                    int64_t group_count) {
+#pragma omp parallel for if (batch * length > 16384)
+    for (int64_t b = 0; b < batch; b++) {
+        std::vector<int64_t> visits(group_count);
+        for (int64_t from = b * length, to; from < (b + 1) * length; from = to) {
+            std::fill(visits.begin(), visits.end(), 0);
+            for (to = from; to < (b + 1) * length && (!documents || documents[to] == documents[from]); to++)
+                if (!valid || valid[to]) visits[groups[to]]++;
+            for (int64_t t = from; t < to; t++) counts[t] = visits[groups[t]] > 0 ? visits[groups[t]] : 1;
+        }
+    }
+}
+
+// weights [B, T, N], raw [B, T, M], groups [B, T], documents and valid [B, T] or null, memory [B, G, N, M] turns (updated),
+// angle [B, T, N, M]: radians right after the write (of the rotation itself, if not cumulative).
+void phase_write(const float* weights, const float* raw, const int64_t* groups, const int64_t* documents, const bool* valid,
+                 int32_t* memory, float* angle, int64_t batch, int64_t length, int64_t group_count, int64_t slots, int64_t size, int64_t bits,
+                 int64_t cumulative) {
+    turn(weights, raw, groups, documents, valid, memory, angle, Scan{batch, length, group_count, slots, size, bits, cumulative});
 }
 
 // counts [B, T]: positions of the segment each position belongs to, or null for no scaling. grad_weights is

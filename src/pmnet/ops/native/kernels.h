@@ -1,0 +1,35 @@
+// Kernels that more than one file of the native code uses.
+#pragma once
+#include <vector>
+#include "vector.h"
+
+constexpr int64_t DEPTH = 384;  // longest sum of one pass, MAX_DEPTH of ops/linear.py
+constexpr int64_t BLOCK = 64;   // queries that attention handles together
+
+struct Weight {
+    const void* values;  // float [O, K], or int8 panels [O / 16, K, 16] if there is a scale
+    const float* scale;  // [O] or null
+    const float* bias;   // [O] or null
+    int64_t inputs, outputs;
+};
+
+// y [R, O] = x W^T + b; lines of x and y start ldx and ldy apart
+void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows);
+
+struct Shape {
+    int64_t batch, length, heads, kv_heads, width, window, span_rows;
+    float scale;
+    int64_t buffer;  // places of a row's buffer of keys
+    int64_t padded() const { return (width + LANES - 1) / LANES * LANES; }
+    int64_t columns() const { return ((length < BLOCK ? length : BLOCK) + window + 2) / LANES * LANES + 3 * LANES; }  // and slack
+};
+
+// window_attention with a buffer of `s.buffer` places a row
+void attend(const float* query, const float* keys, const float* values, const int64_t* span, float* out, const Shape& s);
+
+struct Scan {
+    int64_t batch, length, groups, slots, size, bits, cumulative;
+};
+// phase_write
+void turn(const float* weights, const float* raw, const int64_t* groups, const int64_t* documents, const bool* valid, int32_t* memory,
+          float* angle, const Scan& s);
