@@ -14,37 +14,6 @@ from pmnet.model.window import Window
 from pmnet.ops import Linear, RMSNorm, norm_rotate, window_attention
 
 
-class Rotary(NamedTuple):
-    """Cosine and sine of the rotary angles, float32 `[B or 1, T, 1, E]`."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def rotary_angles(config: PMNetConfig, positions: Tensor, dtype: torch.dtype) -> Rotary:
-    """Rotary table of integer positions `[B or 1, T]`.
-
-    Angles are computed in float64 and only cos and sin are rounded, so position 1e7 is as exact as position 1.
-    """
-    table = _rotary_table(positions, config.head_dim, config.rope_theta)
-    cos, sin = table if dtype == torch.float64 else table.float()
-    return Rotary(cos, sin)
-
-
-@torch.library.custom_op("pmnet::rotary_table", mutates_args=())
-def _rotary_table(positions: Tensor, width: int, theta: float) -> Tensor:
-    """Cosines and sines, float64 `[2, B or 1, T, 1, E]`. One operator, lest a compiler repeats it in every use."""
-    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
-    angles = positions.double().unsqueeze(-1) * theta**-exponents
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(2)
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-@_rotary_table.register_fake
-def _(positions: Tensor, width: int, theta: float) -> Tensor:
-    return positions.new_empty(2, *positions.shape, 1, width, dtype=torch.float64)
-
-
 class PastKeys(NamedTuple):
     """Keys (already rotated) and values of the `W - 1` positions before a chunk, `[B, W - 1, K, E]` each."""
 
@@ -68,12 +37,14 @@ class SlidingWindowAttention(nn.Module):
         self.q_norm = RMSNorm(width, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(width, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, window: Window, past: PastKeys | None) -> tuple[Tensor, PastKeys]:
+    def forward(
+        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], window: Window, past: PastKeys | None
+    ) -> tuple[Tensor, PastKeys]:
         """Attend within the window.
 
         Args:
             hidden: `[B, T, D]`.
-            rotary: table for the T positions.
+            rotary: cosines and sines of the T positions, `[B or 1, T, 1, E]` each.
             window: what each position of the chunk sees.
             past: keys and values before the chunk; None when there are none.
 

@@ -5,7 +5,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryRead, MemoryWrite, Tokens, Visit
-from pmnet.model.attention import PastKeys, Rotary, SlidingWindowAttention
+from pmnet.model.attention import PastKeys, SlidingWindowAttention
 from pmnet.model.window import Window
 from pmnet.ops import Linear, RMSNorm, silu_product
 
@@ -44,7 +44,7 @@ class PMNetBlock(GradientCheckpointingLayer):
         anchors: Tensor,
         memory: Tensor,
         past: PastKeys | None,
-        rotary: Rotary,
+        rotary: tuple[Tensor, Tensor],
         window: Window,
         tokens: Tokens,
     ) -> tuple[Tensor, Visit, Visit, Tensor, PastKeys]:

@@ -113,16 +113,26 @@ class PMNetCache(Cache):
 
     def check_fits(self, config: PMNetConfig, batch_size: int) -> None:
         """Raise ValueError, naming the difference, unless this is a state of such a model and batch."""
-        expected = _layout(PMNetCache(config, batch_size, "meta"))
-        found = _layout(self)
-        for name, shape in expected.items():
-            if found.get(name) != shape:
+        values = vars(config)  # attributes of a configuration are slow, and this runs before every step
+        slots, size, layers = values["num_memory"], values["memory_size"], values["num_hidden_layers"]
+        levels = layers // values["memory_write_period"]
+        past = (batch_size, values["sliding_window"] - 1, values["num_key_value_heads"], values["head_dim"])
+        window = self._window if self._ring is None else self._ring.window()[:1]
+        pairs: list[tuple[str, Tensor, tuple[int, ...]]]
+        pairs = [(f"memory.{i}", state, (batch_size, slots**i, slots, size)) for i, state in enumerate(self.memory)]
+        pairs += [(f"keys.{i}", keys, past) for i, (keys, _) in enumerate(window)]
+        pairs += [(f"values.{i}", value, past) for i, (_, value) in enumerate(window)]
+        pairs += [(name, getattr(self, name), (batch_size,)) for name in _COUNTERS]
+        for name, tensor, expected in pairs:
+            if tensor.shape != expected:
                 raise ValueError(
-                    f"this state does not fit the model: {name} should be {list(shape)}, "
-                    f"got {list(found[name]) if name in found else 'nothing'}"
+                    f"this state does not fit the model: {name} should be {list(expected)}, got {list(tensor.shape)}"
                 )
-        if len(found) != len(expected):
-            raise ValueError(f"this state does not fit the model: it has {len(found)} tensors, not {len(expected)}")
+        if (len(self.memory), len(self)) != (levels, layers):
+            raise ValueError(
+                f"this state does not fit the model: it has {len(self.memory)} levels and {len(self)} layers, "
+                f"not {levels} and {layers}"
+            )
 
     def reset(self) -> None:
         """Forget everything, in place."""
@@ -254,7 +264,3 @@ def _with_room(x: Tensor) -> Tensor:
     buffer = x.new_empty(x.shape[0], x.shape[1] + Ring.ROOM, *x.shape[2:])
     buffer[:, : x.shape[1]] = x
     return buffer
-
-
-def _layout(cache: PMNetCache) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in cache._tensors().items()}

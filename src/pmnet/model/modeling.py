@@ -15,12 +15,11 @@ from transformers.utils import can_return_tuple
 
 from pmnet.config import PMNetConfig
 from pmnet.memory import Visit, empty_memory
-from pmnet.model.attention import rotary_angles
 from pmnet.model.block import PMNetBlock
 from pmnet.model.cache import PMNetCache
 from pmnet.model.chunk import read_chunk
 from pmnet.model.step import try_step
-from pmnet.ops import Linear, RMSNorm
+from pmnet.ops import Linear, RMSNorm, rotary_table
 
 
 class PMNetPreTrainedModel(PreTrainedModel):
@@ -119,18 +118,21 @@ class PMNetModel(PMNetPreTrainedModel):
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
-        if past_key_values is not None and hidden.shape[1] == 1 and not (
-            self.training or output_hidden_states or document_ids is not None
+        if (
+            past_key_values is not None
+            and hidden.shape[1] == 1
+            and not (self.training or output_hidden_states or document_ids is not None)
         ):
             stepped = try_step(
-                self.config, self.layers, self.memory_embeddings, hidden, attention_mask, position_ids, past_key_values
-            )
+                self.config, self.layers, self.memory_embeddings, self.norm, hidden, attention_mask, position_ids,
+                past_key_values,
+            )  # fmt: skip
             if stepped is not None:
-                return BaseModelOutputWithPast(last_hidden_state=self.norm(stepped), past_key_values=past_key_values)
+                return BaseModelOutputWithPast(last_hidden_state=stepped, past_key_values=past_key_values)
         dropout = self.config.attention_dropout if self.training else 0.0
         chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
         hidden = chunk.compact(hidden)
-        rotary = rotary_angles(self.config, chunk.positions, hidden.dtype)
+        rotary = rotary_table(chunk.positions, self.config.head_dim, self.config.rope_theta, hidden)
         if past_key_values is None:
             memory = empty_memory(self.config, hidden.shape[0], hidden.device)
         else:

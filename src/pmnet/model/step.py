@@ -9,6 +9,7 @@ Shapes: B rows, D hidden size, E head_dim.
 
 import ctypes
 from array import array
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryRead, MemoryWrite
-from pmnet.model.attention import SlidingWindowAttention, rotary_angles
+from pmnet.model.attention import SlidingWindowAttention
 from pmnet.model.block import PMNetBlock, SwiGLU
 from pmnet.model.cache import PMNetCache, Ring
 from pmnet.ops import Linear, RMSNorm, native
@@ -24,30 +25,26 @@ from pmnet.ops.linear import library_sums_in_order
 from pmnet.ops.native import library
 from pmnet.ops.phase import MOST_SLOTS
 
-_NORMS = (
-    ("input_layernorm",), ("self_attn", "q_norm"), ("self_attn", "k_norm"), ("post_attention_layernorm",),
-    ("memory_read_module", "norm"), ("memory_write_module", "norm"),
+
+_CONFIGURED = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
+    "num_memory", "memory_size", "num_memory_read_heads", "phase_bits", "memory_cumsum", "num_hidden_layers",
+    "memory_write_period",
 )  # fmt: skip
-_PRODUCTS = (
-    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
-    *(("memory_read_module", name) for name in ("proj_q", "proj_kv", "proj_out")),
-    *(("memory_write_module", name) for name in ("proj_q", "proj_k", "proj_v", "proj_out")),
-)
-_PARTS = {"self_attn": SlidingWindowAttention, "mlp": SwiGLU, "memory_read_module": MemoryRead,
-          "memory_write_module": MemoryWrite}  # fmt: skip
 
 
 class _Model(ctypes.Structure):
     """`Model` of ops/native/step.cpp."""
 
+    _integers = (
+        "rows hidden intermediate heads kv_heads width window slots size read_heads bits cumulative layers period"
+    )
     _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "rows hidden intermediate heads kv_heads width window slots size read_heads bits cumulative layers period "
-            "buffer offset"
-        ).split()
-    ] + [("eps", ctypes.c_float), ("scale", ctypes.c_float)]
+        *((name, ctypes.c_int64) for name in f"{_integers} buffer offset".split()),
+        ("theta", ctypes.c_double),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
 
 
 class _Unusual(Exception):
@@ -58,6 +55,7 @@ def try_step(
     config: PMNetConfig,
     layers: nn.ModuleList,
     anchors: nn.ParameterList,
+    norm: nn.Module,
     hidden: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -66,42 +64,41 @@ def try_step(
     """Read one position per row and advance `cache`.
 
     Args:
-        config, layers, anchors: of the model, which is in eval mode.
+        config, layers, anchors, norm: of the model, which is in eval mode.
         hidden: embeddings `[B, 1, D]`.
         attention_mask, position_ids: as in `PMNetModel.forward`.
         cache: the state to continue.
 
     Returns:
-        What the last layer returns, `[B, 1, D]`; None, with nothing changed, if this call needs the general path.
+        The hidden states after the final norm, `[B, 1, D]`; None, with nothing changed, if this call needs the
+        general path.
     """
     if not _applies(config, hidden, attention_mask, position_ids, cache):
         return None
+    values = vars(config)  # attributes of a configuration are slow
     try:
-        pointers = [pointer for layer in layers for pointer in _pointers_of(layer)]
+        weights = [_pointers_of(layer) for layer in layers]
+        _check(norm, RMSNorm)
+        final = _float(norm._parameters["weight"])
     except _Unusual:
         return None
-    positions = cache.next_position.unsqueeze(1) if position_ids is None else position_ids.expand(hidden.shape[0], 1)
-    cos, sin = rotary_angles(config, positions, hidden.dtype)
-    span = (cache.in_document + 1).clamp(max=config.sliding_window)
-    cache.memory = [memory.contiguous() for memory in cache.memory]
+    if position_ids is not None:
+        cache.next_position = position_ids.expand(hidden.shape[0], 1).flatten().clone()
     ring = cache.ring()
-    table, size = array("Q"), len(pointers) // len(layers)
-    for i, buffer in enumerate(ring.buffers):
-        table.extend(pointers[i * size : (i + 1) * size])
-        table.extend((buffer.keys.data_ptr(), buffer.values.data_ptr()))
-    levels = array("Q")
+    per_layer, per_level = array("Q"), array("Q")
+    for found, buffer in zip(weights, ring.buffers, strict=True):
+        per_layer.extend(found)
+        per_layer.extend((buffer.keys.data_ptr(), buffer.values.data_ptr()))
+    cache.memory = [memory.contiguous() for memory in cache.memory]
     for anchor, memory in zip(anchors, cache.memory, strict=True):
-        levels.extend((_float(anchor), memory.data_ptr(), memory.shape[1]))
-    out, model = hidden.contiguous().clone(), _describe(config, hidden.shape[0], ring.offset)
+        per_level.extend((_float(anchor), memory.data_ptr(), memory.shape[1]))
+    out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden.shape[0], ring.offset)
     kernels: Any = library()
     kernels.decode_step(
-        out.data_ptr(), cos.data_ptr(), sin.data_ptr(), span.data_ptr(), table.buffer_info()[0],
-        levels.buffer_info()[0], ctypes.addressof(model),
+        out.data_ptr(), cache.seen.data_ptr(), cache.in_document.data_ptr(), cache.next_position.data_ptr(),
+        per_layer.buffer_info()[0], per_level.buffer_info()[0], final, ctypes.addressof(model),
     )  # fmt: skip
     ring.offset += 1
-    cache.seen = cache.seen + 1
-    cache.in_document = cache.in_document + 1
-    cache.next_position = positions.squeeze(1) + 1
     cache.columns += 1
     return out
 
@@ -123,46 +120,46 @@ def _applies(
     return position_ids is None or bool((position_ids >= cache.next_position.unsqueeze(1)).all())
 
 
-def _describe(config: PMNetConfig, rows: int, offset: int) -> _Model:
-    return _Model(
-        rows, config.hidden_size, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads,
-        config.head_dim, config.sliding_window, config.num_memory, config.memory_size, config.num_memory_read_heads,
-        config.phase_bits, config.memory_cumsum, config.num_hidden_layers, config.memory_write_period,
-        config.sliding_window - 1 + Ring.ROOM, offset, config.rms_norm_eps, config.head_dim**-0.5,
-    )  # fmt: skip
+def _describe(values: Mapping[str, Any], rows: int, offset: int) -> _Model:
+    buffer, scale = values["sliding_window"] - 1 + Ring.ROOM, values["head_dim"] ** -0.5
+    numbers = (values[name] for name in _CONFIGURED)
+    return _Model(rows, *numbers, buffer, offset, values["rope_theta"], values["rms_norm_eps"], scale)
 
 
 def _pointers_of(layer: nn.Module) -> list[int]:
     """Addresses of one layer's weights in the order of `Layer` in step.cpp; 0 for what is absent."""
     _check(layer, PMNetBlock)
     parts = layer._modules
-    for name, kind in _PARTS.items():
-        if name in parts:
-            _check(parts[name], kind)
-    found: list[int] = []
-    for path in _NORMS:
-        module = _follow(parts, path)
-        if module is not None:
-            _check(module, RMSNorm)
-        found.append(0 if module is None else _float(module._parameters["weight"]))
-    for path in _PRODUCTS:
-        module = _follow(parts, path)
-        if module is None:
+    attention, mlp = _inside(parts["self_attn"], SlidingWindowAttention), _inside(parts["mlp"], SwiGLU)
+    read = _inside(parts["memory_read_module"], MemoryRead)
+    write = _inside(parts["memory_write_module"], MemoryWrite) if "memory_write_module" in parts else {}
+    norms = [parts["input_layernorm"], attention["q_norm"], attention["k_norm"], parts["post_attention_layernorm"],
+             read["norm"], write.get("norm")]  # fmt: skip
+    products = [attention["q_proj"], attention["k_proj"], attention["v_proj"], attention["o_proj"],
+                mlp["gate_proj"], mlp["up_proj"], mlp["down_proj"], read["proj_q"], read["proj_kv"], read["proj_out"],
+                write.get("proj_q"), write.get("proj_k"), write.get("proj_v"), write.get("proj_out")]  # fmt: skip
+    found = []
+    for norm in norms:
+        if norm is not None:
+            _check(norm, RMSNorm)
+        found.append(0 if norm is None else _float(norm._parameters["weight"]))
+    for product in products:
+        if product is None:
             found += (0, 0, 0)
-        else:
-            _check(module, Linear)
-            weights = module._parameters
-            found += (_float(weights["weight"]), 0, 0 if weights["bias"] is None else _float(weights["bias"]))
+            continue
+        _check(product, Linear)
+        bias = product._parameters["bias"]
+        found += (_float(product._parameters["weight"]), 0, 0 if bias is None else _float(bias))
     return found
 
 
-def _follow(parts: dict[str, nn.Module | None], path: tuple[str, ...]) -> nn.Module | None:
-    module = parts.get(path[0])
-    return module if module is None or len(path) == 1 else module._modules[path[1]]
+def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]:
+    _check(module, kind)
+    return {} if module is None else module._modules
 
 
 def _check(module: nn.Module | None, kind: type) -> None:
-    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+    if module is None or type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
         raise _Unusual
 
 

@@ -4,7 +4,7 @@ from pmnet.ops.backend import BACKENDS, native, use_backend
 from pmnet.ops.gather import lookup, take_rows
 from pmnet.ops.linear import Linear, row_stable_linear
 from pmnet.ops.phase import address, geometry, read_slots, to_angle
-from pmnet.ops.rows import RMSNorm, norm_rotate, silu_product
+from pmnet.ops.rows import RMSNorm, norm_rotate, rotary_table, silu_product
 from pmnet.ops.scan import phase_scan
 from pmnet.ops.turns import circular_difference, to_radians, to_turns
 from pmnet.ops.window_attention import window_attention
@@ -23,6 +23,7 @@ __all__ = [
     "phase_scan",
     "phase_write",
     "read_slots",
+    "rotary_table",
     "row_stable_linear",
     "silu_product",
     "take_rows",

@@ -9,6 +9,7 @@ library turns out to sum in another order, padded to `MIN_ROWS`. `tests/test_exa
 """
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,11 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     x = x.to(weight.dtype)
     if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
-    out = _linear(x.reshape(-1, x.shape[-1]), weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        out = _linear(rows, weight, bias)
+    else:
+        out = products(rows, weight, bias)  # an operator of our own costs more than a product of one row
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -93,12 +98,12 @@ def _(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows.new_empty(rows.shape[0], weight.shape[0])
 
 
-def _save(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], inputs[1])
     ctx.has_bias = inputs[2] is not None
 
 
-def _gradient(ctx: torch.autograd.function.FunctionCtx, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     rows, weight = ctx.saved_tensors
     wanted = ctx.needs_input_grad
     return (

@@ -108,9 +108,7 @@ def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Te
     query, keys, upstream = query.contiguous(), keys.contiguous(), upstream.contiguous()
     batch, length, slots, heads, size = keys.shape
     grads = torch.empty_like(query), torch.empty_like(keys)
-    _kernels().address_backward(
-        *_pointers(query, keys, weights, upstream, *grads), batch * length, slots, heads, size
-    )
+    _kernels().address_backward(*_pointers(query, keys, weights, upstream, *grads), batch * length, slots, heads, size)
     return grads
 
 

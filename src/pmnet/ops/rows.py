@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pmnet.ops.backend import native
 from pmnet.ops.native import library
@@ -42,6 +41,24 @@ def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
+def rotary_table(positions: Tensor, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of integer positions.
+
+    Angles are computed in float64 and only cos and sin are rounded, so position 1e7 is as exact as position 1.
+
+    Args:
+        positions: int64, `[B or 1, T]`.
+        width: E.
+        theta: base of the frequencies.
+        like: activations; the table is float64 if they are, float32 otherwise.
+
+    Returns:
+        Cosines and sines, `[B or 1, T, 1, E]` each.
+    """
+    table = _rotary_table(positions, width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
+    return table[0], table[1]
+
+
 def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, elementwise.
 
@@ -73,7 +90,15 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) 
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-rows // _BLOCK), width)
     _kernels().rms_norm_backward(
-        x.data_ptr(), weight.data_ptr(), upstream.data_ptr(), grad.data_ptr(), parts.data_ptr(), rows, width, _BLOCK, eps
+        x.data_ptr(),
+        weight.data_ptr(),
+        upstream.data_ptr(),
+        grad.data_ptr(),
+        parts.data_ptr(),
+        rows,
+        width,
+        _BLOCK,
+        eps,
     )
     return grad, parts.sum(0)
 
@@ -102,6 +127,28 @@ def _norm_rotate_backward(
         parts.data_ptr(), positions, cos.numel() // width, heads, width, _BLOCK, eps,
     )  # fmt: skip
     return grad, parts.sum(0)
+
+
+@torch.library.custom_op("pmnet::rotary_table", mutates_args=())
+def _rotary_table(positions: Tensor, width: int, theta: float, double: bool, natively: bool) -> Tensor:
+    """`[2, B or 1, T, E]`; one operator, lest a compiler repeats it in every use."""
+    if natively:
+        positions = positions.contiguous()
+        table = positions.new_empty(2, *positions.shape, width, dtype=torch.float32)
+        _kernels().rotary_table(
+            positions.data_ptr(), table[0].data_ptr(), table[1].data_ptr(), positions.numel(), width, theta
+        )
+        return table
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    angles = positions.double().unsqueeze(-1) * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    table = torch.stack([angles.cos(), angles.sin()])
+    return table if double else table.float()
+
+
+@_rotary_table.register_fake
+def _(positions: Tensor, width: int, theta: float, double: bool, natively: bool) -> Tensor:
+    return positions.new_empty(2, *positions.shape, width, dtype=torch.float64 if double else torch.float32)
 
 
 @torch.library.custom_op("pmnet::silu_product", mutates_args=())

@@ -52,9 +52,7 @@ def phase_write(
     Raises:
         ValueError: if shapes or dtypes do not agree.
     """
-    batch, length, slots = weights.shape
-    size = raw.shape[-1]
-    expected = (batch, memory.shape[1], slots, size)
+    expected = (weights.shape[0], memory.shape[1], weights.shape[2], raw.shape[-1])
     if raw.shape[:2] != weights.shape[:2] or groups.shape != weights.shape[:2] or memory.shape != expected:
         raise ValueError(
             "phase_write: expected weights [B, T, N], raw [B, T, M], groups [B, T], memory [B, G, N, M], got "
@@ -63,9 +61,7 @@ def phase_write(
     if memory.dtype != torch.int32:
         raise ValueError(f"phase_write: memory must be int32 turns, got {memory.dtype}")
     if backend.native(weights):
-        return _phase_write(
-            weights, raw, groups, memory, documents, valid, phase_bits, cumulative, scale_gradient
-        )
+        return _phase_write(weights, raw, groups, memory, documents, valid, phase_bits, cumulative, scale_gradient)
     rotation = weights.unsqueeze(-1) * to_angle(raw).unsqueeze(2)
     angle, after = scan_rotations(
         rotation.flatten(2), groups, memory.flatten(2), documents, valid, phase_bits, cumulative, scale_gradient
@@ -150,9 +146,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _gradient(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    found = _phase_write_backward(
-        *ctx.saved_tensors, upstream, ctx.group_count, ctx.cumulative, ctx.scale_gradient
-    )
+    found = _phase_write_backward(*ctx.saved_tensors, upstream, ctx.group_count, ctx.cumulative, ctx.scale_gradient)
     return *found, None, None, None, None, None, None, None
 
 

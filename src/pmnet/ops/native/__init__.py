@@ -14,10 +14,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_FLAGS = (
-    "-std=c++17 -O3 -march=native -mprefer-vector-width=512 -ffp-contract=off -fno-math-errno -fno-trapping-math "
-    "-fopenmp -fPIC -shared -w"
-).split()
+_FLAGS = [
+    "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
+]  # fmt: skip
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
@@ -25,6 +25,7 @@ _SIGNATURES = {
     "rms_norm_backward": [_POINTER] * 5 + [_INT] * 3 + [_FLOAT],
     "norm_rotate": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT],
     "norm_rotate_backward": [_POINTER] * 7 + [_INT] * 5 + [_FLOAT],
+    "rotary_table": [_POINTER] * 3 + [_INT] * 2 + [ctypes.c_double],
     "silu_product": [_POINTER] * 3 + [_INT],
     "silu_product_backward": [_POINTER] * 5 + [_INT],
     "linear_few_rows": [_POINTER] * 5 + [_INT] * 3,
@@ -37,7 +38,7 @@ _SIGNATURES = {
     "geometry": [_POINTER] * 4 + [_INT] * 3,
     "geometry_backward": [_POINTER] * 3 + [_INT] * 2,
     "segment_counts": [_POINTER] * 4 + [_INT] * 3,
-    "decode_step": [_POINTER] * 7,
+    "decode_step": [_POINTER] * 8,
     "phase_write": [_POINTER] * 7 + [_INT] * 7,
     "phase_write_backward": [_POINTER] * 9 + [_INT] * 7,
 }

@@ -67,6 +67,12 @@ void norm_rotate_backward(
             }
 }
 
+// positions [P]; cosine, sine [P, E]
+void rotary_table(const int64_t* positions, float* cosine, float* sine, int64_t count, int64_t width, double theta) {
+#pragma omp parallel for if (count > 16)
+    for (int64_t t = 0; t < count; t++) rotary_row(positions[t], width, theta, cosine + t * width, sine + t * width);
+}
+
 // y = silu(gate) * up
 void silu_product(const float* gate, const float* up, float* y, int64_t count) {
 #pragma omp parallel for if (count > 16384)

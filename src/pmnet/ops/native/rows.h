@@ -31,4 +31,13 @@ static inline void rotate_row(const float* x, const float* cosine, const float* 
     }
 }
 
+// Cosines and sines of a position; angles in double precision, so that position 1e7 is as exact as position 1.
+static inline void rotary_row(int64_t position, int64_t width, double theta, float* cosine, float* sine) {
+    for (int64_t j = 0; j < width / 2; j++) {
+        double angle = (double)position * __builtin_pow(theta, -2.0 * (double)j / (double)width);
+        cosine[j] = cosine[width / 2 + j] = (float)__builtin_cos(angle);
+        sine[j] = sine[width / 2 + j] = (float)__builtin_sin(angle);
+    }
+}
+
 static inline v16 silu(v16 x) { return x * logistic(x); }

@@ -9,6 +9,7 @@
 struct Model {  // _Model of pmnet/model/step.py
     int64_t rows, hidden, intermediate, heads, kv_heads, width, window, slots, size, read_heads, bits, cumulative, layers, period;
     int64_t buffer, offset;  // places of a row's buffer of keys; the first of the W places seen
+    double theta;
     float eps, scale;
 };
 
@@ -141,14 +142,21 @@ static Floats mlp(const Floats& h, const Layer& layer, const Model& m) {
 
 extern "C" {
 
-// x [B, D] becomes the output of the last layer, before the final norm; cosine, sine [B, E]; span [B].
-void decode_step(float* x, const float* cosine, const float* sine, const int64_t* span, const Layer* layers, const Level* levels, const Model* model) {
+// x [B, D], the embedding, becomes the normed output of the last layer. The counters [B] of the cache are advanced:
+// positions read, positions of the document read, rotary position.
+void decode_step(float* x, int64_t* seen, int64_t* in_document, int64_t* position, const Layer* layers, const Level* levels,
+                 const float* final_norm, const Model* model) {
     const Model& m = *model;
-    Floats field(m.rows * m.slots * m.size), geometry;
-    std::vector<int64_t> groups(m.rows), children(m.rows);
+    Floats field(m.rows * m.slots * m.size), geometry, cosine(m.rows * m.width), sine(m.rows * m.width);
+    std::vector<int64_t> groups(m.rows), children(m.rows), span(m.rows);
+    for (int64_t b = 0; b < m.rows; b++) {
+        rotary_row(position[b]++, m.width, m.theta, cosine.data() + b * m.width, sine.data() + b * m.width);
+        seen[b]++;
+        span[b] = ++in_document[b] < m.window ? in_document[b] : m.window;
+    }
     for (int64_t i = 0; i < m.layers; i++) {
         const Layer& layer = layers[i];
-        add(x, attention(normed(x, layer.input_norm, m), layer, m, cosine, sine, span));
+        add(x, attention(normed(x, layer.input_norm, m), layer, m, cosine.data(), sine.data(), span.data()));
         if (i % m.period == 0) {
             groups = children;
             write(normed(x, layer.write_norm, m), layer, levels[i / m.period], i == 0, field, geometry, groups.data(), children.data(), m);
@@ -156,5 +164,6 @@ void decode_step(float* x, const float* cosine, const float* sine, const int64_t
         add(x, read(normed(x, layer.read_norm, m), layer, geometry, m));
         add(x, mlp(normed(x, layer.mlp_norm, m), layer, m));
     }
+    for (int64_t b = 0; b < m.rows; b++) norm_row(x + b * m.hidden, final_norm, x + b * m.hidden, m.hidden, m.eps);
 }
 }
