@@ -65,7 +65,8 @@ def compare(
     Args:
         entries: what to compare.
         batch: sequences of a run.
-        length: positions per sequence; an entry that is too slow is halved down to `shortest`.
+        length: positions per sequence; for an entry that is too slow it is halved down to `shortest`, and one that is
+            too slow even there is left out, unless it is the first, which the others are compared with.
         shortest: the least length that still means something.
         plan: rounds and budget.
         limit: the machine's best, in units of `needs` per second.
@@ -78,14 +79,14 @@ def compare(
     runs, lengths, left_out = {}, {}, []
     for entry in entries:
         run, fitted, seconds = _fit(entry, length, shortest, share, plan)
-        if run is None:
+        if seconds > share and entry is not entries[0]:
             reason = f"one run of {fitted} positions takes {seconds:.2g} s, more than its share of {share:.2g} s"
             left_out.append({"contender": entry.name, "reason": reason})
         else:
             runs[entry.name], lengths[entry.name] = run, fitted
     samples = alternate(runs, plan, start)
     reference = entries[0].name
-    base = [s / lengths[reference] for s in samples[reference]] if reference in samples else None
+    base = [s / lengths[reference] for s in samples[reference]]
     rows = [
         _row(entry, batch, lengths[entry.name], length, samples[entry.name], base, limit)
         for entry in entries
@@ -110,8 +111,8 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": median(values), "min": min(values), "max": max(values)}
 
 
-def _fit(entry: Entry, length: int, shortest: int, share: float, plan: Plan) -> tuple[Run | None, int, float]:
-    """The longest warmed-up run that keeps to its share of the budget: the run (None if none does), length, seconds.
+def _fit(entry: Entry, length: int, shortest: int, share: float, plan: Plan) -> tuple[Run, int, float]:
+    """The longest warmed-up run that keeps to its share of the budget, or the shortest: the run, length, seconds.
 
     Lengths grow from the shortest, so that it does not take a long run to find a contender slow: the next length is
     tried only if it would fit, were the time to grow as it did last, and at least in proportion.
@@ -119,30 +120,29 @@ def _fit(entry: Entry, length: int, shortest: int, share: float, plan: Plan) -> 
     lengths = [length]
     while lengths[-1] // 2 >= shortest:
         lengths.append(lengths[-1] // 2)
-    best: tuple[Run | None, int, float] = (None, lengths[-1], 0.0)
-    expected = 0.0
-    for candidate in reversed(lengths):
-        if expected > share:
-            break
+
+    def measured(candidate: int) -> tuple[Run, int, float]:
         run = entry.prepare(candidate)
         run()
-        seconds = plan.timed(run)
-        if seconds > share:
-            return best if best[0] is not None else (None, candidate, seconds)
-        expected = seconds * max(2.0, seconds / best[2] if best[2] else 0.0)
-        best = (run, candidate, seconds)
+        return run, candidate, plan.timed(run)
+
+    best, growth = measured(lengths.pop()), 2.0
+    while lengths and best[2] * growth <= share:
+        longer = measured(lengths.pop())
+        if longer[2] > share:
+            break
+        best, growth = longer, max(2.0, longer[2] / best[2])
     return best
 
 
 def _row(
-    entry: Entry, batch: int, length: int, wanted: int, seconds: list[float], base: list[float] | None, limit: float
+    entry: Entry, batch: int, length: int, wanted: int, seconds: list[float], base: list[float], limit: float
 ) -> dict[str, Any]:
     """A contender's figures.
 
     `seconds` of every run; `positions_per_second`; `times_ours`, its time per position over that of the first entry in
     the same round; `needs` FLOP or bytes a run; `fraction_of_limit`, needs per second of the median run over the limit.
     """
-    rounds = None if base is None else [s / length / b for s, b in zip(seconds, base, strict=True)]
     return {
         "contender": entry.name,
         **entry.facts,
@@ -151,7 +151,7 @@ def _row(
         "shortened": length < wanted,
         "seconds": seconds,
         "positions_per_second": spread([batch * length / s for s in seconds]),
-        "times_ours": None if rounds is None else spread(rounds),
+        "times_ours": spread([s / length / b for s, b in zip(seconds, base, strict=True)]),
         "needs": entry.needs(length),
         "fraction_of_limit": entry.needs(length) / median(seconds) / limit,
     }

@@ -61,7 +61,7 @@ def _timed(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             str(row["batch"]),
             f"{row['length']:,}",
             _spread(row["positions_per_second"], ",.0f"),
-            _spread(row["times_ours"], ".2f") if row["times_ours"] else "",
+            _spread(row["times_ours"], ".2f"),
             f"{row['fraction_of_limit']:.1%}",
             "; ".join(filter(None, remarks)),
         ]

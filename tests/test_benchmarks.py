@@ -249,6 +249,14 @@ def test_slow_contenders_are_shortened_or_left_out():
     assert "more than its share of 1 s" in left_out[0]["reason"]
 
 
+def test_the_reference_is_measured_however_slow():
+    clock = Clock()
+    entries = [clock.entry("ours", lambda length: 100.0 * length), clock.entry("other", lambda length: 0.01)]
+    rows, left_out = compare(entries, 1, 64, 8, Plan(3, 12.0, clock=clock), 1.0)
+    assert [(row["contender"], row["length"]) for row in rows] == [("ours", 8), ("other", 64)]
+    assert left_out == []
+
+
 def test_rounds_end_with_the_budget_but_not_before_the_third():
     clock = Clock()
     runs = {"a": clock.entry("a", lambda length: 1.0).prepare(1)}
