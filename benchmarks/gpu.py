@@ -162,7 +162,12 @@ def capture(step: Run) -> Run:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    return graph.replay
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Run) -> None:
+    """Replay; `step` is only held, because the graph reads and writes tensors that nothing else may keep alive."""
+    graph.replay()
 
 
 @torch.no_grad()
