@@ -32,6 +32,14 @@ class State:
     position: int = 0
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm in the dtype of its weight, also under autocast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`."""
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     """Sliding-window attention with a mask over all pairs of positions."""
 
@@ -43,8 +51,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * width, bias=False)
         self.o_proj = nn.Linear(heads * width, config.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.q_norm = Norm(width, eps=config.rms_norm_eps)
+        self.k_norm = Norm(width, eps=config.rms_norm_eps)
 
     def forward(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor, past: tuple[Tensor, Tensor] | None
@@ -54,6 +62,7 @@ class Attention(nn.Module):
         query = _rotate(self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2), *rotary)
         key = _rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), *rotary)
         value = self.v_proj(x).view(shape).transpose(1, 2)
+        query, key = query.to(value.dtype), key.to(value.dtype)
         if past is not None:
             key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
@@ -68,7 +77,7 @@ class Write(nn.Module):
     def __init__(self, config: PMNetConfig):
         super().__init__()
         size = config.memory_size
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.proj_q = nn.Linear(config.hidden_size, size)
         self.proj_k = nn.Linear(2 * size, size)
         self.proj_v = nn.Linear(config.hidden_size, size)
@@ -84,7 +93,7 @@ class Write(nn.Module):
         p = ((query - keys).cos().sum(-1) / math.sqrt(keys.shape[-1])).softmax(-1)
         theta = math.pi * torch.tanh(self.proj_out(self.proj_v(h)))
         delta = p.unsqueeze(-1) * theta.unsqueeze(2)
-        state, after = _global_scan(delta, groups, anchors.shape[0], memory, self.training)
+        state, after = global_scan(delta, groups, anchors.shape[0], memory, self.training)
         return state, keys.shape[2] * groups + p.argmax(-1), after
 
 
@@ -95,7 +104,7 @@ class Read(nn.Module):
         super().__init__()
         self.heads, self.size = config.num_memory_read_heads, config.memory_size
         width = self.heads * self.size
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.proj_q = nn.Linear(config.hidden_size, width)
         self.proj_kv = nn.Linear(2 * self.size, 2 * width)
         self.proj_out = nn.Linear(width, config.hidden_size)
@@ -129,11 +138,11 @@ class Layer(nn.Module):
 
     def __init__(self, config: PMNetConfig, index: int):
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.memory_write_module = Write(config) if config.writes(index) else None
         self.memory_read_module = Read(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
 
@@ -148,7 +157,7 @@ class Stack(nn.Module):
             for level in range(config.num_levels)
         )
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Published(nn.Module):
@@ -197,11 +206,11 @@ class Published(nn.Module):
         return self.lm_head(self.model.norm(x))
 
 
-def _global_scan(
+def global_scan(
     delta: Tensor, groups: Tensor, count: int, memory: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
     """Segments of the flattened batch as differences of one float32 cumulative sum."""
-    batch, length, slots, size = delta.shape
+    batch, _, slots, size = delta.shape
     segments = (groups + count * torch.arange(batch, device=groups.device).unsqueeze(1)).flatten()
     lengths = torch.bincount(segments, minlength=batch * count)
     flat = delta.flatten(0, 1)

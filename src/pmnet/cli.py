@@ -1,4 +1,4 @@
-"""The `pmnet` command: train, eval, generate."""
+"""The `pmnet` command: train, eval, generate; flops and bench are in `cli_bench.py`."""
 
 import os
 import sys
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from pmnet.cli_bench import bench_command, flops_command
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.eval.retrieval import Cell, retrieval_table
@@ -184,6 +185,9 @@ def generate_command(
         if save_state:
             cache.save(save_state)
 
+
+app.command("flops")(_plain_errors()(flops_command))
+app.command("bench")(_plain_errors()(bench_command))
 
 if __name__ == "__main__":
     app()

@@ -110,5 +110,6 @@ def lm_119m() -> Recipe:
     return Recipe(model=pmnet_119m(), steps=143_433, batch_size=32, length=4096, precision="bf16")
 
 
+MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 COPY_PASTE = {"demo": copy_paste_demo}
 LANGUAGE_MODEL = {"tiny": lm_tiny, "30m": lm_30m, "119m": lm_119m}

@@ -1,0 +1,112 @@
+"""Markdown of stored results. Every figure is read from a JSON file, none is written here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+TIMED = ["contender", "parameters", "B", "T", "positions/s (range)", "time, ours = 1 (range)", "of the limit", "remark"]
+MEMORY = ["contender", "parameters", "B", "T", "model, MiB", "peak, MiB", "difference, MiB"]
+LIMITS = {
+    "matmul_gflops": "GFLOP/s, float32 matrix product",
+    "read_gbs": "GB/s, reading memory",
+    "copy_gbs": "GB/s, copying memory (read and written)",
+}
+STREAM = ["bytes read", "bytes/s", "resident, MiB"]
+
+
+def write_table(folder: Path) -> Path:
+    """Write `folder/README.md` from all its results; returns its path.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    paths = sorted(folder.glob("*.json"))
+    sections = [section(path) for path in paths if "case" in json.loads(path.read_text())]
+    if not sections:
+        raise ValueError(f"no results of pmnet bench in {folder}")
+    head = "# Benchmarks\n\nWritten by `pmnet bench --table` from the JSON files beside it, which hold every sample.\n"
+    target = folder / "README.md"
+    target.write_text("\n".join([head, *sections]))
+    return target
+
+
+def section(path: Path) -> str:
+    """One stored result as Markdown: heading, machine, table, and what was left out."""
+    result = json.loads(path.read_text())
+    machine, commit = result["machine"], result["commit"] or "unknown"
+    version = commit[:12] + ("+changes" if commit.endswith("+changes") else "")
+    where = machine["accelerator"] if result["device"] == "cuda" else machine["processor"]
+    lines = [
+        f"## {result['case']}, {result['preset']}",
+        "",
+        result["description"],
+        "",
+        f"{where}, {machine['threads']} threads, commit {version}, {result['date'][:10]}.{_limit(result)}",
+        "",
+    ]
+    rows = {"memory": _memory, "stream": _stream}.get(result["kind"], _timed)(result)
+    lines += _markdown(*rows)
+    lines += [f"\nNot measured: {entry['contender']} ({entry['reason']})." for entry in result["left_out"]]
+    lines += _verdict(result) if "verdict" in result else []
+    return "\n".join(lines) + "\n"
+
+
+def _timed(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    def cells(row: dict[str, Any]) -> list[str]:
+        remarks = [row.get("remark", "")]
+        remarks += ["shorter, to keep to the time budget"] if row["shortened"] else []
+        return [
+            row["contender"],
+            f"{row['parameters']:,}" if "parameters" in row else "",
+            str(row["batch"]),
+            f"{row['length']:,}",
+            _spread(row["positions_per_second"], ",.0f"),
+            _spread(row["times_ours"], ".2f"),
+            f"{row['fraction_of_limit']:.1%}",
+            "; ".join(filter(None, remarks)),
+        ]
+
+    return TIMED, [cells(row) for row in result["rows"]]
+
+
+def _memory(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    def cells(row: dict[str, Any]) -> list[str]:
+        sizes = [f"{row[key] / 2**20:,.0f}" for key in ("resident_bytes", "peak_bytes", "difference_bytes")]
+        return [row["contender"], f"{row['parameters']:,}", str(row["batch"]), f"{row['length']:,}", *sizes]
+
+    return MEMORY, [cells(row) for row in result["rows"]]
+
+
+def _stream(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [f"{row['bytes']:,}", f"{row['bytes_per_second']:,.0f}", f"{row['resident_bytes'] / 2**20:,.1f}"]
+        for row in result["rows"]
+    ]
+    return STREAM, rows
+
+
+def _verdict(result: dict[str, Any]) -> list[str]:
+    verdict = result["verdict"]
+    phases, state = ("equal" if verdict[key] else "NOT equal" for key in ("memory_equal", "state_equal"))
+    return [
+        "",
+        f"After the first chunk, resident memory grew by {verdict['resident_growth']:.1%}; the last chunk was read at "
+        f"{verdict['last_rate_over_first']:.2f} times the rate of the first. Read in chunks of "
+        f"{result['finer_chunk']:,} bytes instead, the phases are {phases} to the bit and the whole state is {state}.",
+    ]
+
+
+def _limit(result: dict[str, Any]) -> str:
+    if result["kind"] != "timed":
+        return ""
+    best, what = result["limits"][result["limit"]]["best"], LIMITS[result["limit"]]
+    return f" Limit: {best:,.1f} {what}."
+
+
+def _markdown(titles: list[str], rows: list[list[str]]) -> list[str]:
+    rule = ["---" if title in ("contender", "remark") else "---:" for title in titles]
+    return ["| " + " | ".join(cells) + " |" for cells in [titles, rule, *rows]]
+
+
+def _spread(figures: dict[str, float], form: str) -> str:
+    return f"{figures['median']:{form}} ({figures['min']:{form}}-{figures['max']:{form}})"
