@@ -25,7 +25,6 @@ from pmnet.ops.linear import library_sums_in_order
 from pmnet.ops.native import library
 from pmnet.ops.phase import MOST_SLOTS
 
-
 _CONFIGURED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
     "num_memory", "memory_size", "num_memory_read_heads", "phase_bits", "memory_cumsum", "num_hidden_layers",

@@ -75,6 +75,10 @@ def read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Te
     """
     if backend.native(query) and geometry.shape[2] <= MOST_SLOTS:
         return _read_slots(query, geometry, key_weight, key_bias)
+    if backend.triton(query) and geometry.dtype == torch.float32:
+        from pmnet.ops.triton import operators
+
+        return operators.read_slots(query, geometry, key_weight, key_bias)
     heads = query.shape[2:]
     keys = row_stable_linear(geometry, key_weight, key_bias).unflatten(-1, heads)
     weights = address(query, keys)

@@ -62,7 +62,12 @@ def phase_write(
         raise ValueError(f"phase_write: memory must be int32 turns, got {memory.dtype}")
     if backend.native(weights):
         return _phase_write(weights, raw, groups, memory, documents, valid, phase_bits, cumulative, scale_gradient)
-    rotation = weights.unsqueeze(-1) * to_angle(raw).unsqueeze(2)
+    theta = to_angle(raw)
+    if backend.triton(weights) and cumulative and weights.dtype == theta.dtype == torch.float32:
+        from pmnet.ops.triton import operators
+
+        return operators.phase_write(weights, theta, groups, memory, documents, valid, phase_bits, scale_gradient)
+    rotation = weights.unsqueeze(-1) * theta.unsqueeze(2)
     angle, after = scan_rotations(
         rotation.flatten(2), groups, memory.flatten(2), documents, valid, phase_bits, cumulative, scale_gradient
     )

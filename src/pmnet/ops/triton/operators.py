@@ -1,0 +1,123 @@
+"""The fused kernels as differentiable operators; `triton` itself is imported when one of them first runs.
+
+Shapes: B, T, N slots, M phases, R read heads, G groups of the level.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmnet.ops.scan import plan_segments
+from pmnet.ops.turns import to_radians
+
+
+def read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
+    """`pmnet.ops.read_slots` without keys in memory; in half precision under autocast."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_weight.dtype
+    return _read(query, geometry.to(dtype), key_weight.to(dtype), key_bias)[0]
+
+
+def phase_write(
+    weights: Tensor,
+    theta: Tensor,
+    groups: Tensor,
+    memory: Tensor,
+    documents: Tensor | None,
+    valid: Tensor | None,
+    phase_bits: int,
+    scale_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    """`pmnet.ops.phase_write` of rotations `weights * theta`, theta in radians, without rotations in memory."""
+    plan = plan_segments(groups, memory.shape[1], documents, valid)
+    states, after = _write(
+        weights, theta, plan.order, plan.start, plan.end, groups, memory.flatten(2), documents, valid, phase_bits,
+        scale_gradient,
+    )  # fmt: skip
+    return states.view(*weights.shape, theta.shape[-1]), after.view_as(memory)
+
+
+@torch.library.custom_op("pmnet::triton_read", mutates_args=())
+def _read(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+    from pmnet.ops.triton.read import read_forward
+
+    return read_forward(query, geometry, key_weight, key_bias)
+
+
+@torch.library.custom_op("pmnet::triton_read_backward", mutates_args=())
+def _read_backward(
+    upstream: Tensor, query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor, attention: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from pmnet.ops.triton.read import read_backward
+
+    return read_backward(upstream, query, geometry, key_weight, key_bias, attention)
+
+
+@torch.library.custom_op("pmnet::triton_write", mutates_args=())
+def _write(
+    weights: Tensor,
+    theta: Tensor,
+    order: Tensor,
+    start: Tensor,
+    end: Tensor,
+    groups: Tensor,
+    memory: Tensor,
+    documents: Tensor | None,
+    valid: Tensor | None,
+    phase_bits: int,
+    scale_gradient: bool,
+) -> tuple[Tensor, Tensor]:
+    from pmnet.ops.triton.scan import write_states
+
+    states, after = write_states(weights, theta, order, start, groups, memory, documents, valid, phase_bits)
+    return to_radians(states, weights.dtype), after
+
+
+@torch.library.custom_op("pmnet::triton_write_backward", mutates_args=())
+def _write_backward(
+    upstream: Tensor, weights: Tensor, theta: Tensor, order: Tensor, start: Tensor, end: Tensor, scale_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    from pmnet.ops.triton.scan import write_gradient
+
+    return write_gradient(upstream, weights, theta, order, start, end, True, scale_gradient)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@_read.register_fake
+def _(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _ = query.shape
+    slots, width = geometry.shape[2:]
+    attention = geometry.new_empty(batch, length, slots, heads, dtype=torch.float32)
+    return geometry.new_empty(batch, length, heads, width), attention
+
+
+@_write.register_fake
+def _(weights: Tensor, theta: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, length, slots = weights.shape
+    return weights.new_empty(batch, length, slots * theta.shape[-1]), _dense(rest[4])
+
+
+_read_backward.register_fake(lambda upstream, *inputs: tuple(_dense(x) for x in inputs[:4]))
+_write_backward.register_fake(lambda upstream, weights, theta, *_: (_dense(weights), _dense(theta)))
+
+
+def _save_read(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _save_write(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.scale_gradient = inputs[-1]
+
+
+_read.register_autograd(
+    lambda ctx, upstream, _: _read_backward(upstream.contiguous(), *ctx.saved_tensors), setup_context=_save_read
+)
+_write.register_autograd(
+    lambda ctx, upstream, _: (*_write_backward(upstream, *ctx.saved_tensors, ctx.scale_gradient), *[None] * 9),
+    setup_context=_save_write,
+)
