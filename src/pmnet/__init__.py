@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
 from pmnet.model import ByteTokenizer, PMNetCache, PMNetForCausalLM, PMNetModel
+from pmnet.ops import quantize_int8, use_backend
 
 AutoConfig.register("PMNet", PMNetConfig)
 AutoModel.register(PMNetConfig, PMNetModel)
@@ -18,4 +19,6 @@ __all__ = [
     "PMNetModel",
     "pmnet_30m",
     "pmnet_119m",
+    "quantize_int8",
+    "use_backend",
 ]

@@ -33,6 +33,7 @@ app.add_typer(evaluate, name="eval")
 out = Console()
 
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
+Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]
 
 
 @contextmanager
@@ -139,11 +140,12 @@ def bits_command(
     model: Model,
     data: Annotated[list[Path], typer.Option(help="Held-out file or folder; may be repeated.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Bytes to read of each file.")] = None,
+    int8: Int8 = False,
     save: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
 ) -> None:
     """Bits per byte of files, each streamed with constant memory."""
     with _plain_errors():
-        files, network = open_files(data), load_model(model)
+        files, network = open_files(data), load_model(model, int8)
         total = sum(min(size, limit or size) for size in files.sizes)
         from rich.progress import Progress
 
@@ -153,7 +155,7 @@ def bits_command(
         out.print(f"{bits:.4f} bits per byte over {count:,} bytes of {len(files.paths)} files")
         if save is not None:
             write_json(save, {**provenance(), "files": [str(p) for p in files.paths], "bytes": count,
-                              "bits_per_byte": bits, "model": network.config.to_dict()})  # fmt: skip
+                              "bits_per_byte": bits, "int8": int8, "model": network.config.to_dict()})  # fmt: skip
 
 
 @app.command("generate")
@@ -164,6 +166,7 @@ def generate_command(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    int8: Int8 = False,
     state: Annotated[Path | None, typer.Option(help="Continue this saved state.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state afterwards.")] = None,
 ) -> None:
@@ -171,7 +174,7 @@ def generate_command(
     from pmnet.model.stream import stream_bytes
 
     with _plain_errors():
-        network = load_model(model)
+        network = load_model(model, int8)
         cache = PMNetCache.load(state) if state else PMNetCache(network.config)
         cache.check_fits(network.config, 1)
         torch.manual_seed(seed)

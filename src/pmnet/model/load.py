@@ -7,10 +7,13 @@ from safetensors import SafetensorError
 
 from pmnet.config import PMNetConfig
 from pmnet.model.modeling import PMNetForCausalLM
+from pmnet.ops import quantize_int8
 
 
-def load_model(folder: Path) -> PMNetForCausalLM:
+def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
     """Load a PMNet from `config.json` and `model.safetensors`, in eval mode on the CPU.
+
+    With `int8`, weights are rounded to 8-bit integers (`quantize_int8`).
 
     Raises:
         FileNotFoundError: if one of the two files is missing.
@@ -33,4 +36,6 @@ def load_model(folder: Path) -> PMNetForCausalLM:
     wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{folder} is not a complete PMNet model: weights and config differ at {wrong[0]}")
+    if int8:
+        quantize_int8(model)
     return model.eval()

@@ -20,7 +20,7 @@ from pmnet.memory import MemoryRead, MemoryWrite
 from pmnet.model.attention import SlidingWindowAttention
 from pmnet.model.block import PMNetBlock, SwiGLU
 from pmnet.model.cache import PMNetCache, Ring
-from pmnet.ops import Linear, RMSNorm, native
+from pmnet.ops import Int8Linear, Linear, RMSNorm, native
 from pmnet.ops.linear import library_sums_in_order
 from pmnet.ops.native import library
 from pmnet.ops.phase import MOST_SLOTS
@@ -137,6 +137,10 @@ def _pointers_of(layer: nn.Module) -> list[int]:
     products = [attention["q_proj"], attention["k_proj"], attention["v_proj"], attention["o_proj"],
                 mlp["gate_proj"], mlp["up_proj"], mlp["down_proj"], read["proj_q"], read["proj_kv"], read["proj_out"],
                 write.get("proj_q"), write.get("proj_k"), write.get("proj_v"), write.get("proj_out")]  # fmt: skip
+    reader = parts["memory_read_module"]
+    assert isinstance(reader, MemoryRead)
+    if type(read["proj_kv"]) is Int8Linear and read["proj_kv"].out_features % (2 * 16 * reader.heads):
+        raise _Unusual  # the values of a head would begin inside a panel
     found = []
     for norm in norms:
         if norm is not None:
@@ -146,10 +150,19 @@ def _pointers_of(layer: nn.Module) -> list[int]:
         if product is None:
             found += (0, 0, 0)
             continue
+        if type(product) is Int8Linear:
+            found += _int8(product)
+            continue
         _check(product, Linear)
         bias = product._parameters["bias"]
         found += (_float(product._parameters["weight"]), 0, 0 if bias is None else _float(bias))
     return found
+
+
+def _int8(product: Int8Linear) -> tuple[int, int, int]:
+    _check(product, Int8Linear)
+    bias = product._buffers["bias"]
+    return product.panels.data_ptr(), _float(product.scale), 0 if bias is None else _float(bias)
 
 
 def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]:

@@ -2,6 +2,7 @@
 
 from pmnet.ops.backend import BACKENDS, native, use_backend
 from pmnet.ops.gather import lookup, take_rows
+from pmnet.ops.int8 import Int8Linear, quantize_int8
 from pmnet.ops.linear import Linear, row_stable_linear
 from pmnet.ops.phase import address, geometry, read_slots, to_angle
 from pmnet.ops.rows import RMSNorm, norm_rotate, rotary_table, silu_product
@@ -12,6 +13,7 @@ from pmnet.ops.write import phase_write
 
 __all__ = [
     "BACKENDS",
+    "Int8Linear",
     "Linear",
     "RMSNorm",
     "address",
@@ -22,6 +24,7 @@ __all__ = [
     "norm_rotate",
     "phase_scan",
     "phase_write",
+    "quantize_int8",
     "read_slots",
     "rotary_table",
     "row_stable_linear",

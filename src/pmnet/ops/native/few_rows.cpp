@@ -43,56 +43,54 @@ static inline void transpose16(v16* x) {
     }
 }
 
-// Columns k .. k + 15 of the weights of outputs o .. o + 15: column[i] holds w[o + lane][k + i].
-static inline void columns_of(const Weight& w, int64_t o, int64_t k, int64_t count, int64_t deep, v16 scale, v16* column) {
+// Adds w[o + lane][k + i] x[k + i] for i below `deep`, in order, to the sums of 16 outputs of ROWS rows.
+template <int ROWS>
+static inline void add_columns(const float* x, int64_t ldx, const Weight& w, int64_t o, int64_t k, int64_t deep, v16 scale, v16* total) {
     if (w.scale) {
         const int8_t* panel = (const int8_t*)w.values + (o / LANES * w.inputs + k) * LANES;
-        for (int i = 0; i < deep; i++) column[i] = widen(panel + i * LANES) * scale;
-    } else {
-        const float* line = (const float*)w.values + o * w.inputs + k;
-        if (count >= LANES && deep == LANES)
-            for (int i = 0; i < LANES; i++) {
-                column[i] = load(line + i * w.inputs);
-                __builtin_prefetch(line + i * w.inputs + AHEAD);
-            }
-        else
-            for (int i = 0; i < LANES; i++) column[i] = i < count ? load(line + i * w.inputs, deep) : v16{};
-        transpose16(column);
+        for (int64_t i = 0; i < deep; i++) {
+            v16 column = widen(panel + i * LANES) * scale;
+            for (int r = 0; r < ROWS; r++) total[r] = fma(splat(x[r * ldx + k + i]), column, total[r]);
+        }
+        return;
     }
+    const float* line = (const float*)w.values + o * w.inputs + k;
+    int64_t count = w.outputs - o;
+    v16 column[LANES];
+    if (count >= LANES && deep == LANES)
+        for (int i = 0; i < LANES; i++) {
+            column[i] = load(line + i * w.inputs);
+            __builtin_prefetch(line + i * w.inputs + AHEAD);
+        }
+    else
+        for (int i = 0; i < LANES; i++) column[i] = i < count ? load(line + i * w.inputs, deep) : v16{};
+    transpose16(column);
+    for (int i = 0; i < LANES; i++)  // past `deep`, columns are zero and x is not read
+        for (int r = 0; r < ROWS; r++)
+            if (i < deep) total[r] = fma(splat(x[r * ldx + k + i]), column[i], total[r]);
 }
 
 // Outputs o .. o + 16 TILES - 1 of ROWS rows.
 template <int ROWS, int TILES>
 static inline void outputs_from(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy) {
-    v16 out[ROWS][TILES], scale[TILES];
+    v16 out[TILES][ROWS], scale[TILES];
     for (int t = 0; t < TILES; t++) {
         int64_t at = o + t * LANES, count = w.outputs - at;
         scale[t] = w.scale ? load(w.scale + at, count) : v16{};
-        for (int r = 0; r < ROWS; r++) out[r][t] = w.bias ? load(w.bias + at, count) : v16{};
+        for (int r = 0; r < ROWS; r++) out[t][r] = w.bias ? load(w.bias + at, count) : v16{};
     }
     int64_t passes = (w.inputs + DEPTH - 1) / DEPTH, step = (w.inputs + LANES * passes - 1) / (LANES * passes) * LANES;
     for (int64_t from = 0; from < w.inputs; from += step) {
-        int64_t to = from + step < w.inputs ? from + step : w.inputs;
-        v16 total[ROWS][TILES] = {};
-        for (int64_t k = from; k < to; k += LANES) {
-            int64_t deep = to - k < LANES ? to - k : LANES;
-            for (int t = 0; t < TILES; t++) {
-                v16 column[LANES];
-                columns_of(w, o + t * LANES, k, w.outputs - o - t * LANES, deep, scale[t], column);
-                if (deep == LANES) {
-                    for (int i = 0; i < LANES; i++)
-                        for (int r = 0; r < ROWS; r++) total[r][t] = fma(splat(x[r * ldx + k + i]), column[i], total[r][t]);
-                } else {
-                    for (int i = 0; i < deep; i++)
-                        for (int r = 0; r < ROWS; r++) total[r][t] = fma(splat(x[r * ldx + k + i]), column[i], total[r][t]);
-                }
-            }
-        }
-        for (int r = 0; r < ROWS; r++)
-            for (int t = 0; t < TILES; t++) out[r][t] = from || w.bias ? out[r][t] + total[r][t] : total[r][t];
+        int64_t to = from + step < w.inputs ? from + step : w.inputs, k = from;
+        v16 total[TILES][ROWS] = {};
+        for (; k + LANES <= to; k += LANES)
+            for (int t = 0; t < TILES; t++) add_columns<ROWS>(x, ldx, w, o + t * LANES, k, LANES, scale[t], total[t]);
+        for (int t = 0; k < to && t < TILES; t++) add_columns<ROWS>(x, ldx, w, o + t * LANES, k, to - k, scale[t], total[t]);
+        for (int t = 0; t < TILES; t++)
+            for (int r = 0; r < ROWS; r++) out[t][r] = from || w.bias ? out[t][r] + total[t][r] : total[t][r];
     }
-    for (int r = 0; r < ROWS; r++)
-        for (int t = 0; t < TILES; t++) store(y + r * ldy + o + t * LANES, out[r][t], w.outputs - o - t * LANES);
+    for (int t = 0; t < TILES; t++)
+        for (int r = 0; r < ROWS; r++) store(y + r * ldy + o + t * LANES, out[t][r], w.outputs - o - t * LANES);
 }
 
 template <int TILES>
@@ -103,10 +101,14 @@ static inline void all_rows(const float* x, int64_t ldx, const Weight& w, int64_
 }
 
 void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
-    constexpr int64_t PAIR = 2 * LANES;
+    constexpr int64_t WIDE = 4 * LANES;
 #pragma omp parallel for schedule(static) if (w.outputs * w.inputs > 16384)
-    for (int64_t o = 0; o < w.outputs; o += PAIR)
-        w.outputs - o > LANES ? all_rows<2>(x, ldx, w, o, y, ldy, rows) : all_rows<1>(x, ldx, w, o, y, ldy, rows);
+    for (int64_t from = 0; from < w.outputs; from += WIDE) {
+        int64_t to = from + WIDE < w.outputs ? from + WIDE : w.outputs, o = from;
+        if (w.scale && to - from == WIDE) all_rows<4>(x, ldx, w, o, y, ldy, rows), o = to;
+        for (; o + 2 * LANES <= to; o += 2 * LANES) all_rows<2>(x, ldx, w, o, y, ldy, rows);
+        for (; o < to; o += LANES) all_rows<1>(x, ldx, w, o, y, ldy, rows);
+    }
 }
 
 extern "C" {
