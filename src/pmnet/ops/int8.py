@@ -47,11 +47,11 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., O]`."""
         rows = input.reshape(-1, self.in_features)
+        bias: Any = self.bias
         if rows.shape[0] >= MIN_ROWS or not native(rows) or not library_sums_in_order():
-            return row_stable_linear(input, self.weight, self.bias)
+            return row_stable_linear(input, self.weight, bias)
         rows, kernels = rows.contiguous(), library()
         out = rows.new_empty(rows.shape[0], self.out_features)
-        bias: Any = self.bias
         assert kernels is not None
         kernels.linear_few_rows(
             rows.data_ptr(), self.panels.data_ptr(), self.scale.data_ptr(), None if bias is None else bias.data_ptr(),

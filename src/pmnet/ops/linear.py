@@ -44,19 +44,27 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def products(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`rows @ weight.T + bias` for `[S, K]`, summed in the order described above; not differentiable."""
+def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:
+    """`rows @ weight.T + bias` for `[S, K]`, summed in the order described above; not differentiable.
+
+    `out`, if given, receives the result: `[S, O]`, its rows may lie apart.
+    """
     count = rows.shape[0]
-    if count < MIN_ROWS and native(rows) and library_sums_in_order():
-        return _few_rows(rows, weight, bias)
     if count < MIN_ROWS:
-        rows = F.pad(rows, (0, 0, 0, MIN_ROWS - count))
+        if native(rows) and library_sums_in_order():
+            found = _few_rows(rows, weight, bias)
+        else:
+            found = products(F.pad(rows, (0, 0, 0, MIN_ROWS - count)), weight, bias)[:count]
+        return found if out is None else out.copy_(found)
+    if out is None:
+        out = rows.new_empty(count, weight.shape[0])
     step = depth_of(rows.shape[1])
-    out = F.linear(rows[:, :step], weight[:, :step], bias)
+    first = rows[:, :step], weight[:, :step].t()
+    torch.mm(*first, out=out) if bias is None else torch.addmm(bias, *first, out=out)
     for depth in range(step, rows.shape[1], step):
         part = slice(depth, depth + step)
         out.addmm_(rows[:, part], weight[:, part].t())
-    return out[:count].clone() if count < MIN_ROWS else out
+    return out
 
 
 def depth_of(inputs: int) -> int:

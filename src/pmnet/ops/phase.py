@@ -5,6 +5,7 @@ Angles are float32 (float64 in a float64 model), never half precision.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -60,30 +61,35 @@ def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     return torch.cat([torch.sin(phi), torch.cos(phi)], dim=-1)
 
 
-def read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
-    """What each read head sees: slots mixed by the agreement of their keys with the query.
+def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What each read head sees: values of the slots, weighted by the agreement of their keys with the query.
 
-    The keys are `geometry @ key_weight.T + key_bias`, raw.
+    Keys and values are linear in the geometry, `[k ; v] = W geometry + b`, keys raw. Slots are mixed before values are
+    projected: `sum_n a_n (W_v geo_n + b_v) = W_v (sum_n a_n geo_n) + b_v`.
 
     Args:
         query: raw, `[B, T, R, M]`.
         geometry: `[B, T, N, 2M]`.
-        key_weight, key_bias: `[R * M, 2M]`, `[R * M]`.
+        weight, bias: keys first, then values, heads outer: `[2 * R * M, 2M]`, `[2 * R * M]`.
 
     Returns:
-        `sum_n a_n geometry_n`, `[B, T, R, 2M]`.
+        `[B, T, R * M]`.
     """
     if backend.native(query) and geometry.shape[2] <= MOST_SLOTS:
-        return _read_slots(query, geometry, key_weight, key_bias)
+        return _read_slots(query, geometry, weight, bias)[0]
+    heads = query.shape[2:]
+    key_weight, value_weight = weight.chunk(2)
+    key_bias, value_bias = bias.chunk(2)
     if backend.triton(query) and geometry.dtype == torch.float32:
         from pmnet.ops.triton import operators
 
-        return operators.read_slots(query, geometry, key_weight, key_bias)
-    heads = query.shape[2:]
-    keys = row_stable_linear(geometry, key_weight, key_bias).unflatten(-1, heads)
-    weights = address(query, keys)
-    mixed = torch.bmm(weights.transpose(2, 3).flatten(0, 1), geometry.flatten(0, 1))
-    return mixed.view(*query.shape[:3], geometry.shape[3])
+        mixed = operators.mix_slots(query, geometry, key_weight, key_bias)
+    else:
+        weights = address(query, row_stable_linear(geometry, key_weight, key_bias).unflatten(-1, heads))
+        mixed = torch.bmm(weights.transpose(2, 3).flatten(0, 1), geometry.flatten(0, 1))
+        mixed = mixed.view(*query.shape[:3], geometry.shape[3])
+    of_heads = zip(value_weight.split(heads[1]), value_bias.split(heads[1]), strict=True)
+    return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
 
 
 def _kernels() -> Any:
@@ -136,46 +142,65 @@ def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("pmnet::read_slots", mutates_args=())
-def _read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
+def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and the weights of the slots for the gradient. Keys and mixed slots stay in the cache."""
     batch, length, heads, size = query.shape
     slots, width = geometry.shape[2:]
     query, geometry = query.contiguous(), geometry.contiguous()
-    mixed = query.new_empty(batch, length, heads, width)
-    per_block = max(16, _BLOCK // (slots * heads * size))
-    parts = (x.flatten(0, 1).split(per_block) for x in (query, geometry, mixed))
-    for q, g, m in zip(*parts, strict=True):
-        keys = products(g.view(-1, width), key_weight, key_bias)
-        weights = q.new_empty(q.shape[0], slots, heads)
-        _kernels().address(*_pointers(q, keys, weights), q.shape[0], slots, heads, size)
-        _kernels().mix(*_pointers(weights, g, m), q.shape[0], slots, heads, width)
-    return mixed
+    weights, values = query.new_empty(batch, length, slots, heads), query.new_empty(batch, length, heads * size)
+    for q, g, a, v in _in_blocks(query, geometry, weights, values):
+        count = q.shape[0]
+        keys, mixed = _products_of_slots(g, weight, bias, heads * size), q.new_empty(count, heads, width)
+        _kernels().address(*_pointers(q, keys, a), count, slots, heads, size)
+        _kernels().mix(*_pointers(a, g, mixed), count, slots, heads, width)
+        for r, part in enumerate(_value_rows(heads, size)):
+            products(mixed[:, r], weight[part], bias[part], out=v[:, r * size : (r + 1) * size])
+    return values, weights
 
 
 @torch.library.custom_op("pmnet::read_slots_backward", mutates_args=())
 def _read_slots_backward(
-    query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor, upstream: Tensor
+    query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor, weights: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys are computed again, a block of positions at a time, instead of being kept since the forward pass."""
+    """Keys and mixed slots are computed again, a block of positions at a time, instead of being kept."""
     heads, size = query.shape[2:]
     slots, width = geometry.shape[2:]
     query, geometry, upstream = query.contiguous(), geometry.contiguous(), upstream.contiguous()
     grads = torch.empty_like(query), torch.empty_like(geometry)
-    grad_weight, grad_bias = torch.zeros_like(key_weight), torch.zeros_like(key_bias)
-    per_block = max(16, _BLOCK // (slots * heads * size))
-    parts = (x.flatten(0, 1).split(per_block) for x in (query, geometry, upstream, *grads))
-    for q, g, up, grad_query, grad_geometry in zip(*parts, strict=True):
+    grad_weight, grad_bias, wide = torch.zeros_like(weight), torch.zeros_like(bias), heads * size
+    for q, g, a, up, grad_query, grad_geometry in _in_blocks(query, geometry, weights, upstream, *grads):
         count = q.shape[0]
-        keys = products(g.view(-1, width), key_weight, key_bias)
-        weights, slopes = q.new_empty(count, slots, heads), q.new_empty(count, slots, heads)
-        _kernels().address(*_pointers(q, keys, weights), count, slots, heads, size)
-        _kernels().mix_backward(*_pointers(weights, g, up, slopes, grad_geometry), count, slots, heads, width)
+        keys, mixed = _products_of_slots(g, weight, bias, wide), q.new_empty(count, heads, width)
+        slopes, grad_mixed = torch.empty_like(a), torch.empty_like(mixed)
+        _kernels().mix(*_pointers(a, g, mixed), count, slots, heads, width)
+        for r, part in enumerate(_value_rows(heads, size)):
+            up_of_head = up[:, r * size : (r + 1) * size]
+            torch.mm(up_of_head, weight[part], out=grad_mixed[:, r])
+            grad_weight[part].addmm_(up_of_head.t(), mixed[:, r])
+        _kernels().mix_backward(*_pointers(a, g, grad_mixed, slopes, grad_geometry), count, slots, heads, width)
         _kernels().address_backward(
-            *_pointers(q, keys, weights, slopes, grad_query, keys), count, slots, heads, size
+            *_pointers(q, keys, a, slopes, grad_query, keys), count, slots, heads, size
         )  # the gradient of the keys takes their place
-        grad_geometry.view(-1, width).addmm_(keys, key_weight)
-        grad_weight.addmm_(keys.t(), g.view(-1, width))
-        grad_bias += keys.sum(0)
+        grad_geometry.view(-1, width).addmm_(keys, weight[:wide])
+        grad_weight[:wide].addmm_(keys.t(), g.view(-1, width))
+        grad_bias += torch.cat([keys.sum(0), up.sum(0)])
     return *grads, grad_weight, grad_bias
+
+
+def _in_blocks(query: Tensor, geometry: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Blocks of positions of tensors `[B, T, ...]`."""
+    heads, size = query.shape[2:]
+    count = max(16, _BLOCK // (geometry.shape[2] * heads * size))
+    parts = (x.flatten(0, 1).split(count) for x in (query, geometry, *others))
+    return zip(*parts, strict=True)
+
+
+def _products_of_slots(geometry: Tensor, weight: Tensor, bias: Tensor, wide: int) -> Tensor:
+    return products(geometry.view(-1, geometry.shape[-1]), weight[:wide], bias[:wide])
+
+
+def _value_rows(heads: int, size: int) -> list[slice]:
+    return [slice((heads + r) * size, (heads + r + 1) * size) for r in range(heads)]
 
 
 _address.register_fake(lambda query, keys: keys.new_empty(keys.shape[:4]))
@@ -184,12 +209,17 @@ _geometry.register_fake(
     lambda field, anchors, groups: anchors.new_empty(*groups.shape, anchors.shape[1], 2 * anchors.shape[2])
 )
 _geometry_backward.register_fake(lambda geometry, _: geometry.new_empty(*geometry.shape[:-1], geometry.shape[-1] // 2))
-_read_slots.register_fake(lambda query, geometry, *_: query.new_empty(*query.shape[:3], geometry.shape[3]))
+_read_slots.register_fake(
+    lambda query, geometry, *_: (
+        query.new_empty(*query.shape[:2], query.shape[2] * query.shape[3]),
+        query.new_empty(*geometry.shape[:3], query.shape[2]),
+    )
+)
 _read_slots_backward.register_fake(lambda *tensors: tuple(_dense(tensor) for tensor in tensors[:4]))
 
 
-def _save_all(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def _save_read(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
 
 
 def _save_weights(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -214,5 +244,5 @@ _address.register_autograd(
 )
 _geometry.register_autograd(_gradient_of_phases, setup_context=_save_geometry)
 _read_slots.register_autograd(
-    lambda ctx, upstream: _read_slots_backward(*ctx.saved_tensors, upstream), setup_context=_save_all
+    lambda ctx, upstream, _: _read_slots_backward(*ctx.saved_tensors, upstream), setup_context=_save_read
 )

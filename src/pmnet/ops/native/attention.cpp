@@ -11,9 +11,14 @@ constexpr int64_t TILE = 8;  // queries of one product
 
 // panel[e][j] = rows[j][e]
 static void transpose_rows(const float* rows, int64_t count, int64_t stride, int64_t width, float* panel, int64_t columns) {
-    for (int64_t e = 0; e < width; e += 8)
-        for (int64_t j = 0; j < count; j++)
-            for (int64_t i = e; i < e + 8 && i < width; i++) panel[i * columns + j] = rows[j * stride + i];
+    for (int64_t j = 0; j < count; j += LANES)
+        for (int64_t e = 0; e < width; e += LANES) {
+            v16 block[LANES];
+            for (int i = 0; i < LANES; i++) block[i] = j + i < count ? load(rows + (j + i) * stride + e, width - e) : v16{};
+            transpose16(block);
+            for (int i = 0; i < LANES; i++)
+                if (e + i < width) store(panel + (e + i) * columns + j, block[i]);
+        }
 }
 // packed[j][e] = rows[j][e], e padded with zeros
 static void copy_rows(const float* rows, int64_t count, int64_t stride, int64_t width, float* packed, int64_t padded) {

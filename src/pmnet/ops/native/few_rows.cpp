@@ -6,42 +6,9 @@
 //
 // Weights are float [O, K], or 8-bit integers in panels [O / 16, K, 16] with one scale for each output.
 #include "kernels.h"
+#include "products.h"
 
 constexpr int64_t AHEAD = 64;  // floats to prefetch ahead in each line of the weights
-
-template <int STEP>
-static inline void exchange(v16* x, i16 low, i16 high) {
-    for (int i = 0; i < LANES; i++)
-        if (!(i & STEP)) {
-            v16 a = x[i], b = x[i + STEP];
-            x[i] = __builtin_shuffle(a, b, low);
-            x[i + STEP] = __builtin_shuffle(a, b, high);
-        }
-}
-
-// In place: line i of 16 becomes column i, by exchanging halves, quarters, pairs and neighbours.
-static inline void transpose16(v16* x) {
-    {
-        const i16 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-        const i16 high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-        exchange<8>(x, low, high);
-    }
-    {
-        const i16 low = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-        const i16 high = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-        exchange<4>(x, low, high);
-    }
-    {
-        const i16 low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-        const i16 high = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-        exchange<2>(x, low, high);
-    }
-    {
-        const i16 low = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-        const i16 high = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-        exchange<1>(x, low, high);
-    }
-}
 
 // Adds w[o + lane][k + i] x[k + i] for i below `deep`, in order, to the sums of 16 outputs of ROWS rows.
 template <int ROWS>

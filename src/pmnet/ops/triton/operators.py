@@ -12,8 +12,8 @@ from pmnet.ops.scan import plan_segments
 from pmnet.ops.turns import to_radians
 
 
-def read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
-    """`pmnet.ops.read_slots` without keys in memory; in half precision under autocast."""
+def mix_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> Tensor:
+    """`sum_n a_n geometry_n` of `pmnet.ops.read_slots`, `[B, T, R, 2M]`; in half precision under autocast."""
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else key_weight.dtype
     return _read(query, geometry.to(dtype), key_weight.to(dtype), key_bias)[0]
