@@ -25,7 +25,7 @@ __all__ = ["CASES", "Case", "Options", "choose", "section", "store", "write_tabl
 
 CONTEXT = 256  # positions read before decoding: more than every window
 STEPS = 32  # bytes decoded in a run
-EVERYONE = list(CONTENDERS)
+EVERYONE = [name for name in CONTENDERS if name != "ours-int8"]
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,13 @@ def _prefill(length: int, preset: str, config: PMNetConfig, options: Options) ->
 
         return Entry(model.name, prepare, lambda positions: positions * model.flops(positions), _facts(model))
 
-    entries = [entry(model) for model in build(config, EVERYONE, options.device)]
+    names = EVERYONE if length <= 1024 else ["ours", "published"]  # the others take minutes a run
+    entries = [entry(model) for model in build(config, names, options.device)]
     return {**timed(entries, 1, length, 32, "matmul_gflops", options), "counts": facts(config, length)}
 
 
 @torch.no_grad()
-def _decode(batch: int, preset: str, config: PMNetConfig, options: Options) -> dict[str, Any]:
+def _decode(batch: int, names: list[str], preset: str, config: PMNetConfig, options: Options) -> dict[str, Any]:
     def entry(model: Contender) -> Entry:
         model.module.eval()
         ids = _ids(batch, CONTEXT, options)
@@ -179,7 +180,7 @@ def _decode(batch: int, preset: str, config: PMNetConfig, options: Options) -> d
 
         return Entry(model.name, prepare, needs, {**_facts(model), "context": CONTEXT})
 
-    entries = [entry(model) for model in build(config, EVERYONE, options.device)]
+    entries = [entry(model) for model in build(config, names, options.device)]
     return {**timed(entries, batch, STEPS, 4, "read_gbs", options), "counts": facts(config)}
 
 
@@ -195,14 +196,23 @@ def _stream(preset: str, config: PMNetConfig, options: Options) -> dict[str, Any
 CASES = {
     case.name: case
     for case in (
-        Case("scan", "Phase scan of the last level alone, forward.", _scan),
+        Case(
+            "scan",
+            "Write of the last level alone, forward: rotations rounded, summed per group, back to angles.",
+            _scan,
+        ),
         Case("read", "Memory read of one layer alone, from the phase field, forward.", _read),
         Case("train", "Full training step: forward, backward, AdamW; float32, not compiled.", partial(_train, False)),
-        Case("train-compiled", "The same step traced by torch.compile, as `pmnet train` does.", partial(_train, True)),
+        Case("train-compiled", "The same step traced by torch.compile.", partial(_train, True)),
         Case("prefill", "Reading 1,024 bytes into a fresh state, all logits.", partial(_prefill, 1024)),
         Case("prefill-long", "Reading 16,384 bytes into a fresh state, all logits.", partial(_prefill, 16384)),
-        Case("decode", f"Byte after byte, one stream, after {CONTEXT} bytes.", partial(_decode, 1)),
-        Case("decode-8", f"Byte after byte, 8 streams at once, after {CONTEXT} bytes.", partial(_decode, 8)),
+        Case("decode", f"Byte after byte, one stream, after {CONTEXT} bytes.", partial(_decode, 1, EVERYONE)),
+        Case("decode-8", f"Byte after byte, 8 streams at once, after {CONTEXT} bytes.", partial(_decode, 8, EVERYONE)),
+        Case(
+            "decode-int8",
+            "As decode, beside ours with 8-bit weights (on the CPU).",
+            partial(_decode, 1, ["ours", "ours-int8", "published"]),
+        ),
         Case("memory", "Peak resident memory of three training steps, each contender in its own process.", _memory),
         Case("stream", "One long stream of random bytes in chunks: constant memory, constant rate.", _stream),
     )

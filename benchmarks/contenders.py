@@ -15,7 +15,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MambaConfi
 from typing_extensions import override
 
 from benchmarks.published import Published, State
-from pmnet import PMNetCache, PMNetConfig, PMNetForCausalLM
+from pmnet import PMNetCache, PMNetConfig, PMNetForCausalLM, quantize_int8
+from pmnet.ops import Linear
 from pmnet.report import flops
 
 FLOAT_BYTES = flops.FLOAT_BYTES
@@ -101,6 +102,30 @@ class Ours(PMNet):
     @override
     def step(self, ids: Tensor, state: PMNetCache) -> Tensor:
         return self.module(ids, past_key_values=state).logits
+
+
+class OursInt8(Ours):
+    """Ours with `pmnet.quantize_int8`: the weights of the decoder layers as 8-bit integers."""
+
+    name = "ours-int8"
+    remark = "weights as 8-bit integers"
+
+    def __init__(self, config: PMNetConfig):
+        super().__init__(config)
+        self.saved_bytes = 0
+        for module in self.module.eval().modules():
+            if isinstance(module, Linear) and module is not self.module.lm_head:
+                self.saved_bytes += 3 * module.weight.numel() - FLOAT_BYTES * module.out_features  # scales come on top
+        quantize_int8(self.module)
+
+    @property
+    @override
+    def parameters(self) -> int:
+        return flops.parameters(self.config)
+
+    @override
+    def decode_bytes(self, batch: int, context: int) -> float:
+        return super().decode_bytes(batch, context) - self.saved_bytes
 
 
 class PublishedForm(PMNet):
@@ -203,7 +228,7 @@ class Mamba(Contender):
 
 
 CONTENDERS: dict[str, Callable[[PMNetConfig], Contender]] = {
-    kind.name: kind for kind in (Ours, PublishedForm, Llama, Mamba)
+    kind.name: kind for kind in (Ours, PublishedForm, Llama, Mamba, OursInt8)
 }
 
 

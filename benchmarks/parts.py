@@ -1,6 +1,6 @@
-"""The memory's two inner parts, each beside its published form: the phase scan and the read.
+"""The memory's two inner parts, each beside its published form: the write and the read.
 
-Shapes: B, T, G groups, C phases of a group (N slots times M), D hidden size, N slots, M phases.
+Shapes: B, T, G groups, D hidden size, N slots, M phases.
 """
 
 import math
@@ -11,40 +11,43 @@ from torch import Tensor
 from benchmarks.harness import Entry, Run
 from benchmarks.published import Read, global_scan
 from pmnet import PMNetConfig, PMNetForCausalLM
-from pmnet.ops import phase_scan
+from pmnet.ops import phase_write
 from pmnet.report.flops import parts
 
 
 def scan_entries(config: PMNetConfig, batch: int, device: torch.device) -> list[Entry]:
-    """Rotations of random positions over the groups of the last level, summed per group.
+    """The write of the last level from weights and raw rotations to the angles after every position.
 
-    Ours takes and gives int32 turns; the published form takes and gives float32 radians. Either reads the rotations and
-    the state before, and writes the state after every position and at the end.
+    Either reads weights `[B, T, N]`, raw rotations `[B, T, M]` and the state before, and writes angles `[B, T, N, M]`
+    and the state after. Ours sums int32 turns, the published form float32 radians.
     """
     groups = config.groups_of(config.num_levels - 1)
     slots, size = config.num_memory, config.memory_size
     generator = torch.Generator().manual_seed(0)
 
-    def visits(length: int) -> Tensor:
-        return torch.randint(groups, (batch, length), generator=generator).to(device)
+    def inputs(length: int) -> tuple[Tensor, Tensor, Tensor]:
+        visits = torch.randint(groups, (batch, length), generator=generator)
+        weights = torch.rand(batch, length, slots, generator=generator).softmax(-1)
+        raw = torch.randn(batch, length, size, generator=generator)
+        return weights.to(device), raw.to(device), visits.to(device)
 
     def ours(length: int) -> Run:
-        turns = torch.randint(-(2**31), 2**31, (batch, length, slots * size), dtype=torch.int32, device=device)
-        segments, before = visits(length), torch.zeros(batch, groups, slots * size, dtype=torch.int32, device=device)
-        return lambda: phase_scan(turns, segments, before)
+        tensors, before = inputs(length), torch.zeros(batch, groups, slots, size, dtype=torch.int32, device=device)
+        return torch.no_grad()(lambda: phase_write(*tensors, before))
 
     def published(length: int) -> Run:
-        angles = math.pi * (2 * torch.rand(batch, length, slots, size, device=device) - 1)
-        segments, before = visits(length), torch.zeros(batch, groups, slots, size, device=device)
-        return lambda: global_scan(angles, segments, groups, before, False)
+        (weights, raw, visits), before = inputs(length), torch.zeros(batch, groups, slots, size, device=device)
+
+        def run() -> object:
+            delta = weights.unsqueeze(-1) * (math.pi * torch.tanh(raw)).unsqueeze(2)
+            return global_scan(delta, visits, groups, before, False)
+
+        return torch.no_grad()(run)
 
     def needs(length: int) -> float:
-        return 2 * batch * (length + groups) * slots * size * 4
+        return 4 * batch * (length * (slots + size + slots * size) + 2 * groups * slots * size)
 
-    return [
-        Entry("ours", ours, needs, {"remark": "int32 turns in and out"}),
-        Entry("published", published, needs, {"remark": "float32 radians in and out"}),
-    ]
+    return [Entry("ours", ours, needs), Entry("published", published, needs)]
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def quantize_int8(model: nn.Module) -> nn.Module:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is Linear and name != "lm_head":
-                if child.weight.dtype != torch.float32 or child.weight.device.type != "cpu":
+                if child.weight.dtype != torch.float32 or child.weight.device.type not in ("cpu", "meta"):
                     raise ValueError(f"quantize_int8 needs float32 weights on the CPU, {name} has {child.weight.dtype} "
                                      f"on {child.weight.device}")  # fmt: skip
                 setattr(parent, name, Int8Linear(child))
