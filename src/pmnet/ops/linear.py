@@ -3,9 +3,10 @@
 Matrix libraries pick another summation order for few rows (a vector product) and, with several threads, for deep
 and narrow products (the inner dimension is split between threads). Either would make a byte's result depend on how
 the stream is cut into chunks and on its batch neighbours. In float32 on the CPU a product is therefore cut into depths
-of at most `MAX_DEPTH`, each summed by fused multiply-adds from zero, and added up in turn. The library does just that
-for `MIN_ROWS` rows and more; fewer rows are computed by the native kernel, which reads the weights once, or, where the
-library turns out to sum in another order, padded to `MIN_ROWS`. `tests/test_exactness.py` checks the machine at hand.
+of at most `MAX_DEPTH`, each summed by fused multiply-adds from zero; the partial sums are added in turn, the bias last.
+The library does just that for `MIN_ROWS` rows and more; fewer rows are computed by the native kernel, which reads the
+weights once, or, where the library turns out to sum in another order, padded to `MIN_ROWS`. `tests/test_exactness.py`
+checks the machine at hand.
 """
 
 import functools
@@ -60,11 +61,13 @@ def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
         out = rows.new_empty(count, weight.shape[0])
     step = depth_of(rows.shape[1])
     first = rows[:, :step], weight[:, :step].t()
-    torch.mm(*first, out=out) if bias is None else torch.addmm(bias, *first, out=out)
+    if bias is not None and step >= rows.shape[1]:
+        return torch.addmm(bias, *first, out=out)
+    torch.mm(*first, out=out)
     for depth in range(step, rows.shape[1], step):
         part = slice(depth, depth + step)
         out.addmm_(rows[:, part], weight[:, part].t())
-    return out
+    return out if bias is None else out.add_(bias)
 
 
 def depth_of(inputs: int) -> int:

@@ -17,7 +17,7 @@ from pmnet.ops.linear import products, row_stable_linear
 from pmnet.ops.native import library
 
 MOST_SLOTS = 64  # of the native kernels
-_BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
+_BLOCK = 2**21  # keys computed at a time when slots are read: they stay in the processor's cache
 
 
 def to_angle(raw: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _address(query: Tensor, keys: Tensor) -> Tensor:
     query, keys = query.contiguous(), keys.contiguous()
     batch, length, slots, heads, size = keys.shape
     weights = query.new_empty(batch, length, slots, heads)
-    _kernels().address(*_pointers(query, keys, weights), batch * length, slots, heads, size)
+    _kernels().address(*_pointers(query, keys, None, weights), batch * length, slots, heads, size)
     return weights
 
 
@@ -118,7 +118,9 @@ def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Te
     query, keys, upstream = query.contiguous(), keys.contiguous(), upstream.contiguous()
     batch, length, slots, heads, size = keys.shape
     grads = torch.empty_like(query), torch.empty_like(keys)
-    _kernels().address_backward(*_pointers(query, keys, weights, upstream, *grads), batch * length, slots, heads, size)
+    _kernels().address_backward(
+        *_pointers(query, keys, None, weights, upstream, *grads), batch * length, slots, heads, size
+    )
     return grads
 
 
@@ -150,8 +152,8 @@ def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -
     weights, values = query.new_empty(batch, length, slots, heads), query.new_empty(batch, length, heads * size)
     for q, g, a, v in _in_blocks(query, geometry, weights, values):
         count = q.shape[0]
-        keys, mixed = _products_of_slots(g, weight, bias, heads * size), q.new_empty(count, heads, width)
-        _kernels().address(*_pointers(q, keys, a), count, slots, heads, size)
+        keys, mixed = products(g.view(-1, width), weight[: heads * size], None), q.new_empty(count, heads, width)
+        _kernels().address(*_pointers(q, keys, bias, a), count, slots, heads, size)
         _kernels().mix(*_pointers(a, g, mixed), count, slots, heads, width)
         for r, part in enumerate(_value_rows(heads, size)):
             products(mixed[:, r], weight[part], bias[part], out=v[:, r * size : (r + 1) * size])
@@ -170,7 +172,7 @@ def _read_slots_backward(
     grad_weight, grad_bias, wide = torch.zeros_like(weight), torch.zeros_like(bias), heads * size
     for q, g, a, up, grad_query, grad_geometry in _in_blocks(query, geometry, weights, upstream, *grads):
         count = q.shape[0]
-        keys, mixed = _products_of_slots(g, weight, bias, wide), q.new_empty(count, heads, width)
+        keys, mixed = products(g.view(-1, width), weight[:wide], None), q.new_empty(count, heads, width)
         slopes, grad_mixed = torch.empty_like(a), torch.empty_like(mixed)
         _kernels().mix(*_pointers(a, g, mixed), count, slots, heads, width)
         for r, part in enumerate(_value_rows(heads, size)):
@@ -179,7 +181,7 @@ def _read_slots_backward(
             grad_weight[part].addmm_(up_of_head.t(), mixed[:, r])
         _kernels().mix_backward(*_pointers(a, g, grad_mixed, slopes, grad_geometry), count, slots, heads, width)
         _kernels().address_backward(
-            *_pointers(q, keys, a, slopes, grad_query, keys), count, slots, heads, size
+            *_pointers(q, keys, bias, a, slopes, grad_query, keys), count, slots, heads, size
         )  # the gradient of the keys takes their place
         grad_geometry.view(-1, width).addmm_(keys, weight[:wide])
         grad_weight[:wide].addmm_(keys.t(), g.view(-1, width))
@@ -193,10 +195,6 @@ def _in_blocks(query: Tensor, geometry: Tensor, *others: Tensor) -> Iterator[tup
     count = max(16, _BLOCK // (geometry.shape[2] * heads * size))
     parts = (x.flatten(0, 1).split(count) for x in (query, geometry, *others))
     return zip(*parts, strict=True)
-
-
-def _products_of_slots(geometry: Tensor, weight: Tensor, bias: Tensor, wide: int) -> Tensor:
-    return products(geometry.view(-1, geometry.shape[-1]), weight[:wide], bias[:wide])
 
 
 def _value_rows(heads: int, size: int) -> list[slice]:

@@ -1,7 +1,7 @@
 // y = x W^T + b for up to 16 rows of x: bound by reading W once, not by arithmetic.
 //
-// The sum of an output runs over at most DEPTH inputs at a time, with fused multiply-adds from zero; the bias comes
-// first, then the partial sums in turn. This is what matrix libraries do for many rows (ops/linear.py checks it), so a
+// The sum of an output runs over at most DEPTH inputs at a time, with fused multiply-adds from zero; the
+// partial sums are added in turn, the bias last. This is what matrix libraries do for many rows (ops/linear.py checks it), so a
 // position gets the same bits alone and in a long chunk.
 //
 // Weights are float [O, K], or 8-bit integers in panels [O / 16, K, 16] with one scale for each output.
@@ -41,11 +41,7 @@ static inline void add_columns(const float* x, int64_t ldx, const Weight& w, int
 template <int ROWS, int TILES>
 static inline void outputs_from(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy) {
     v16 out[TILES][ROWS], scale[TILES];
-    for (int t = 0; t < TILES; t++) {
-        int64_t at = o + t * LANES, count = w.outputs - at;
-        scale[t] = w.scale ? load(w.scale + at, count) : v16{};
-        for (int r = 0; r < ROWS; r++) out[t][r] = w.bias ? load(w.bias + at, count) : v16{};
-    }
+    for (int t = 0; t < TILES; t++) scale[t] = w.scale ? load(w.scale + o + t * LANES, w.outputs - o - t * LANES) : v16{};
     int64_t passes = (w.inputs + DEPTH - 1) / DEPTH, step = (w.inputs + LANES * passes - 1) / (LANES * passes) * LANES;
     for (int64_t from = 0; from < w.inputs; from += step) {
         int64_t to = from + step < w.inputs ? from + step : w.inputs, k = from;
@@ -54,10 +50,12 @@ static inline void outputs_from(const float* x, int64_t ldx, const Weight& w, in
             for (int t = 0; t < TILES; t++) add_columns<ROWS>(x, ldx, w, o + t * LANES, k, LANES, scale[t], total[t]);
         for (int t = 0; k < to && t < TILES; t++) add_columns<ROWS>(x, ldx, w, o + t * LANES, k, to - k, scale[t], total[t]);
         for (int t = 0; t < TILES; t++)
-            for (int r = 0; r < ROWS; r++) out[t][r] = from || w.bias ? out[t][r] + total[t][r] : total[t][r];
+            for (int r = 0; r < ROWS; r++) out[t][r] = from ? out[t][r] + total[t][r] : total[t][r];
     }
-    for (int t = 0; t < TILES; t++)
-        for (int r = 0; r < ROWS; r++) store(y + r * ldy + o + t * LANES, out[t][r], w.outputs - o - t * LANES);
+    for (int t = 0; t < TILES; t++) {
+        int64_t at = o + t * LANES, count = w.outputs - at;
+        for (int r = 0; r < ROWS; r++) store(y + r * ldy + at, w.bias ? out[t][r] + load(w.bias + at, count) : out[t][r], count);
+    }
 }
 
 template <int TILES>

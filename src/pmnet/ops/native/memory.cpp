@@ -6,17 +6,17 @@
 
 extern "C" {
 
-// query [P, R, M] and keys [P, N, R, M] raw, weights [P, N, R]
-void address(const float* query, const float* keys, float* weights, int64_t positions, int64_t slots, int64_t heads, int64_t size) {
+// query [P, R, M] and keys [P, N, R, M] raw, weights [P, N, R]; bias [R, M], or null, is added to the keys
+void address(const float* query, const float* keys, const float* bias, float* weights, int64_t positions, int64_t slots, int64_t heads, int64_t size) {
 #pragma omp parallel for if (positions * slots * heads * size > 4096)
     for (int64_t t = 0; t < positions; t++)
         for (int64_t r = 0; r < heads; r++)
-            address_head(query + (t * heads + r) * size, keys + (t * slots * heads + r) * size, heads * size, slots, size,
+            address_head(query + (t * heads + r) * size, keys + (t * slots * heads + r) * size, bias ? bias + r * size : nullptr, heads * size, slots, size,
                          weights + t * slots * heads + r, heads);
 }
 
 // grad_keys may be `keys` itself.
-void address_backward(const float* query, const float* keys, const float* weights, const float* upstream, float* grad_query,
+void address_backward(const float* query, const float* keys, const float* bias, const float* weights, const float* upstream, float* grad_query,
                       float* grad_keys, int64_t positions, int64_t slots, int64_t heads, int64_t size) {
     float scale = 1.f / __builtin_sqrtf((float)size);
 #pragma omp parallel for if (positions * slots * heads * size > 4096)
@@ -31,7 +31,7 @@ void address_backward(const float* query, const float* keys, const float* weight
                 v16 q = tanh(load(query + at, left)), total{};
                 for (int64_t n = 0; n < slots; n++) {
                     int64_t key = ((t * slots + n) * heads + r) * size + m;
-                    v16 k = tanh(load(keys + key, left));
+                    v16 k = half_turns(keys + key - m, bias ? bias + r * size : nullptr, m, left);
                     v16 g = sine_pi(q - k) * splat(slope[n]);
                     total -= g;
                     store(grad_keys + key, g * (splat(1.f) - k * k), left);

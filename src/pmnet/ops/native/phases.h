@@ -15,8 +15,14 @@ static inline void softmax(float* x, int64_t count) {
     for (int64_t n = 0; n < count; n++) x[n] /= total;
 }
 
+// The angle, in half turns, of a raw value; `bias` may be null.
+static inline v16 half_turns(const float* raw, const float* bias, int64_t at, int64_t left) {
+    v16 x = load(raw + at, left);
+    return tanh(bias ? x + load(bias + at, left) : x);
+}
+
 // Weights a_n = softmax_n(sum_m cos(q_m - k_nm) / sqrt(M)) of one position and head; keys of slot n at keys + n * stride.
-static inline void address_head(const float* query, const float* keys, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
+static inline void address_head(const float* query, const float* keys, const float* bias, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
     float scores[MOST_SLOTS];
     v16 total[MOST_SLOTS];
     for (int64_t n = 0; n < slots; n++) total[n] = v16{};
@@ -24,7 +30,7 @@ static inline void address_head(const float* query, const float* keys, int64_t s
         int64_t left = size - m;
         v16 q = tanh(load(query + m, left));
         for (int64_t n = 0; n < slots; n++) {
-            v16 c = cosine_pi(q - tanh(load(keys + n * stride + m, left)));
+            v16 c = cosine_pi(q - half_turns(keys + n * stride, bias, m, left));
             for (int l = 0; left < LANES && l < LANES; l++)
                 if (l >= left) c[l] = 0;
             total[n] += c;

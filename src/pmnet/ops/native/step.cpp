@@ -88,7 +88,7 @@ static void write(const Floats& h, const Layer& layer, const Level& level, bool 
     apply(h, layer.write_query, q, m.hidden, m.size);
     apply(geometry, layer.write_keys, k, 2 * m.size, m.size);
     for (int64_t b = 0; b < m.rows; b++)
-        address_head(q.data() + b * m.size, k.data() + b * m.slots * m.size, m.size, m.slots, m.size, weights.data() + b * m.slots, 1);
+        address_head(q.data() + b * m.size, k.data() + b * m.slots * m.size, nullptr, m.size, m.slots, m.size, weights.data() + b * m.slots, 1);
     apply(h, layer.write_value, v, m.hidden, m.size);
     apply(v, layer.write_out, raw, m.size, m.size);
     turn(weights.data(), raw.data(), groups, nullptr, nullptr, level.memory, angle.data(),
@@ -117,7 +117,7 @@ static Floats read(const Floats& h, const Layer& layer, const Floats& geometry, 
     for (int64_t b = 0; b < m.rows; b++)
 #pragma omp parallel for if (wide > 1024)
         for (int64_t r = 0; r < m.read_heads; r++) {
-            address_head(q.data() + b * wide + r * m.size, k.data() + b * m.slots * wide + r * m.size, wide, m.slots, m.size, weights.data() + r, m.read_heads);
+            address_head(q.data() + b * wide + r * m.size, k.data() + b * m.slots * wide + r * m.size, nullptr, wide, m.slots, m.size, weights.data() + r, m.read_heads);
             mix_head(weights.data() + r, m.read_heads, geometry.data() + b * m.slots * 2 * m.size, m.slots, 2 * m.size,
                      mixed.data() + (b * m.read_heads + r) * 2 * m.size);
         }
