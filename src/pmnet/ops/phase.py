@@ -34,7 +34,7 @@ def address(query: Tensor, keys: Tensor) -> Tensor:
     Returns:
         Weights that sum to 1 over the slots, `[B, T, N, R]`.
     """
-    if backend.native(query) and keys.shape[2] <= MOST_SLOTS:
+    if backend.native(query, keys) and keys.shape[2] <= MOST_SLOTS:
         return _address(query, keys)
     difference = to_angle(query).unsqueeze(2) - to_angle(keys)
     return (torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=2)
@@ -51,7 +51,7 @@ def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     Returns:
         `[B, T, N, 2M]`, never half precision.
     """
-    if backend.native(anchors):
+    if backend.native(anchors, anchors if field is None else field):
         return _geometry(field, anchors, groups)
     table = anchors.flatten(1)
     rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
@@ -73,7 +73,7 @@ def read_slots(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Te
     Returns:
         `sum_n a_n geometry_n`, `[B, T, R, 2M]`.
     """
-    if backend.native(query) and geometry.shape[2] <= MOST_SLOTS:
+    if backend.native(query, geometry, key_weight) and geometry.shape[2] <= MOST_SLOTS:
         return _read_slots(query, geometry, key_weight, key_bias)
     if backend.triton(query) and geometry.dtype == torch.float32:
         from pmnet.ops.triton import operators
