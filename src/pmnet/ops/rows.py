@@ -55,7 +55,7 @@ def rotary_table(positions: Tensor, width: int, theta: float, like: Tensor) -> t
     Returns:
         Cosines and sines, `[B or 1, T, 1, E]` each.
     """
-    table = _rotary_table(positions, width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
+    table = _rotary_table(positions.long(), width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
     return table[0], table[1]
 
 
