@@ -66,6 +66,24 @@ def random_ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
+def read(model, ids, chunks, **arguments):
+    """Stream `ids` in chunks; logits of all positions and the final cache."""
+    cache = pmnet.PMNetCache(model.config, ids.shape[0])
+    with torch.no_grad():
+        logits = [model(part, past_key_values=cache, **arguments).logits for part in ids.split(chunks, dim=1)]
+    return torch.cat(logits, dim=1), cache
+
+
+def assert_same_state(a: pmnet.PMNetCache, b: pmnet.PMNetCache) -> None:
+    for level, (x, y) in enumerate(zip(a.memory, b.memory, strict=True)):
+        assert torch.equal(x, y), f"level {level}"
+    for x, y in zip(a.window, b.window, strict=True):
+        assert torch.equal(x.keys, y.keys)
+        assert torch.equal(x.values, y.values)
+    for name in ("seen", "in_document", "next_position"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
 def run_cli(arguments: list[str]) -> tuple[int, str]:
     """Run `pmnet ARGUMENTS` in this process: exit code and everything printed."""
     from typer.testing import CliRunner

@@ -22,6 +22,7 @@ from benchmarks.memory import measure_memory, resident_bytes
 from benchmarks.parts import read_entries
 from benchmarks.published import Published, State
 from benchmarks.stream import measure_stream
+from pmnet.ops import use_backend
 from pmnet.report import flops
 from pmnet.train.recipes import MODELS
 from tests.conftest import random_ids, run_cli, small_config, small_model
@@ -71,8 +72,8 @@ def test_published_decodes_what_it_computes_in_parallel(shape):
 
 
 def counted_flops(model, ids):
-    """FLOP of every module of one call, by `torch.utils.flop_counter`."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    """FLOP of every module of one call, by `torch.utils.flop_counter`, which sees only products of torch."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):
         model(ids)
     counts = {name.split(".", 1)[-1]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
     return lambda name: counts.get(name, 0)
@@ -343,7 +344,7 @@ def test_both_forms_of_the_read_agree():
     entries = read_entries(config, 2, CPU)
     results = [torch.manual_seed(1) and entry.prepare(16)() for entry in entries]
     assert (results[0] - results[1]).abs().max() < 1e-5
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, use_backend("torch"):
         entries[0].prepare(16)()
     scores = 2 * config.num_memory * config.num_memory_read_heads * config.memory_size  # no matrix product
     assert counter.get_total_flops() == entries[0].needs(16) - 2 * 16 * scores

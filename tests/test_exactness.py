@@ -6,30 +6,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pmnet
-from pmnet.ops import row_stable_linear
-from tests.conftest import SHAPES, random_ids, small_model
+from pmnet.ops import row_stable_linear, use_backend
+from tests.conftest import SHAPES, assert_same_state, random_ids, read, small_model
 
 MODELS = {(shape, attention): small_model(shape, attn_implementation=attention)
           for shape in SHAPES for attention in ("eager", "sdpa")}  # fmt: skip
 LOGIT_BUDGET = 2e-5  # relative norm, between the three forms
-
-
-def read(model, ids, chunks, **arguments):
-    """Stream `ids` in chunks; logits of all positions and the final cache."""
-    cache = pmnet.PMNetCache(model.config, ids.shape[0])
-    with torch.no_grad():
-        logits = [model(part, past_key_values=cache, **arguments).logits for part in ids.split(chunks, dim=1)]
-    return torch.cat(logits, dim=1), cache
-
-
-def assert_same_state(a: pmnet.PMNetCache, b: pmnet.PMNetCache) -> None:
-    for level, (x, y) in enumerate(zip(a.memory, b.memory, strict=True)):
-        assert torch.equal(x, y), f"level {level}"
-    for x, y in zip(a.window, b.window, strict=True):
-        assert torch.equal(x.keys, y.keys)
-        assert torch.equal(x.values, y.values)
-    assert torch.equal(a.seen, b.seen)
-    assert torch.equal(a.next_position, b.next_position)
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -188,7 +170,7 @@ def test_attention_cost_grows_linearly():
 
     model, counts = MODELS["wide", "eager"], []
     for length in (512, 1024):
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), use_backend("torch"):  # it counts torch only
             model(random_ids(1, length), use_cache=False)
         counts.append(counter.get_total_flops())
     assert counts[1] < 2.2 * counts[0]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from pmnet.ops import circular_difference, lookup, phase_scan, phase_write, to_radians, to_turns
 from pmnet.ops.reference import phase_scan_reference
+from pmnet.ops.scan import scan_rotations
 
 SHAPES = [(2, 0, 3, 5), (1, 1, 1, 4), (2, 63, 4, 3), (3, 50, 64, 2), (2, 17, 1, 6)]  # B, T, G, C
 
@@ -91,61 +92,97 @@ def test_rounding_and_dead_zone(bits):
     assert to_turns(torch.tensor([math.nan, math.inf]), bits).tolist() == [0, 0]
 
 
+def write_problem(batch, length, groups, slots, size, dtype=torch.float64):
+    """Weights, raw values, groups and memory of a write."""
+    random = torch.Generator().manual_seed(3)
+    weights = torch.randn(batch, length, slots, generator=random, dtype=dtype).softmax(-1)
+    raw = 0.6 * torch.randn(batch, length, size, generator=random, dtype=dtype)
+    visited = torch.randint(0, groups, (batch, length), generator=random)
+    memory = torch.randint(-(2**31), 2**31, (batch, groups, slots, size), generator=random).int()
+    return weights, raw, visited, memory
+
+
 @pytest.mark.parametrize("cumulative", [True, False])
 def test_gradient_against_finite_differences(cumulative):
-    delta, segments, state = problem(2, 9, 3, 2)
+    weights, raw, groups, memory = write_problem(2, 9, 3, 2, 2)
     documents = torch.tensor([[0] * 9, [0] * 4 + [1] * 5])
-    delta.requires_grad_()
 
-    def loss(rotation):
-        angle, _ = phase_write(
-            rotation, segments, to_turns(state), documents, cumulative=cumulative, scale_gradient=False
-        )
+    def loss(weights, raw):
+        angle, _ = phase_write(weights, raw, groups, memory, documents, cumulative=cumulative, scale_gradient=False)
         return angle.sin() + 0.3 * angle.cos()
 
-    assert torch.autograd.gradcheck(loss, delta, eps=1e-3, atol=1e-5)  # a step of 1e-3 rad is 680,000 units
+    inputs = weights.requires_grad_(), raw.requires_grad_()
+    assert torch.autograd.gradcheck(loss, inputs, eps=1e-3, atol=1e-5)  # a step of 1e-3 rad is 680,000 units
 
 
-def test_gradient_factor_counts_real_positions_of_the_segment():
-    delta, segments, state = problem(2, 15, 3, 2)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_factor_counts_real_positions_of_the_segment(dtype):
+    weights, raw, groups, memory = write_problem(2, 15, 3, 2, 2, dtype)
     valid = torch.ones(2, 15, dtype=torch.bool)
     valid[1, 11:] = False
     gradients = []
     for scale in (False, True):
-        rotation = delta.clone().requires_grad_()
-        angle, _ = phase_write(rotation, segments, to_turns(state), valid=valid, scale_gradient=scale)
-        (angle.sin() * valid.unsqueeze(-1)).sum().backward()
-        gradients.append(rotation.grad)
+        inputs = weights.clone().requires_grad_(), raw.clone().requires_grad_()
+        angle, _ = phase_write(*inputs, groups, memory, valid=valid, scale_gradient=scale)
+        gradients.append(torch.autograd.grad((angle.sin() * valid[..., None, None]).sum(), inputs))
     for b, t in ((b, t) for b in range(2) for t in range(15) if valid[b, t]):
-        count = ((segments[b] == segments[b, t]) & valid[b]).sum()
-        assert torch.allclose(gradients[1][b, t], gradients[0][b, t] / math.sqrt(count))
+        count = ((groups[b] == groups[b, t]) & valid[b]).sum()
+        for plain, scaled in zip(*gradients, strict=True):
+            assert plain[b, t].abs().max() > 0
+            assert torch.allclose(scaled[b, t], plain[b, t] / math.sqrt(count))
 
 
 def test_rounded_gradient_is_straight_through():
     delta, segments, state = problem(1, 6, 2, 3)
     rotation = delta.requires_grad_()
-    phase_write(rotation, segments, to_turns(state), phase_bits=5, scale_gradient=False)[0].sum().backward()
+    angle, _ = scan_rotations(rotation, segments, to_turns(state), None, None, 5, True, False)
+    angle.sum().backward()
     later = torch.tensor([[(segments[0, t:] == segments[0, t]).sum() for t in range(6)]], dtype=torch.float64)
     assert torch.equal(rotation.grad, later.unsqueeze(-1).expand(-1, -1, 3))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gradient_of_a_write_ignores_rounding(dtype):
+    """Rotations of at most 4 bits; the gradients are those of `later positions * p * pi * tanh(raw)`."""
+    weights, raw, groups, memory = write_problem(1, 12, 2, 3, 5, dtype)
+    inputs = weights.requires_grad_(), raw.requires_grad_()
+    later = torch.tensor([[(groups[0, t:] == groups[0, t]).sum() for t in range(12)]], dtype=dtype)
+    plain = (later[..., None, None] * weights.unsqueeze(-1) * math.pi * torch.tanh(raw).unsqueeze(-2)).sum()
+    angle, _ = phase_write(*inputs, groups, memory, phase_bits=4, scale_gradient=False)
+    rounded = torch.autograd.grad(angle.sum(), inputs)
+    for got, expected in zip(rounded, torch.autograd.grad(plain, inputs), strict=True):
+        assert torch.allclose(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_without_graph_breaks(dynamic):
-    def step(rotation, segments, state):
-        angle, final = phase_write(rotation, segments, state, phase_bits=9)
-        return angle.sin().sum(), final
+def test_compiles_without_graph_breaks(dynamic, dtype):
+    def step(weights, raw, groups, memory):
+        angle, after = phase_write(weights, raw, groups, memory, phase_bits=9)
+        return angle.sin().sum(), after
 
     compiled = torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for length in (13, 29):
-        delta, segments, state = problem(2, length, 4, 3)
-        eager, traced = delta.clone().requires_grad_(), delta.clone().requires_grad_()
-        expected, final = step(eager, segments, to_turns(state))
-        got, got_final = compiled(traced, segments, to_turns(state))
+        *inputs, groups, memory = write_problem(2, length, 4, 3, 3, dtype)
+        eager, traced = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+        expected, final = step(*eager, groups, memory)
+        got, got_final = compiled(*traced, groups, memory)
         assert torch.equal(got, expected)
         assert torch.equal(got_final, final)
         expected.backward()
         got.backward()
-        assert torch.equal(eager.grad, traced.grad)
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(eager, traced, strict=True))
+
+
+def test_types_do_not_mix_up_memory():
+    """Raw values of another precision than the weights, and narrow integers, give what the plain formula gives."""
+    weights, raw, groups, memory = write_problem(2, 40, 3, 4, 32, torch.float32)
+    documents = torch.tensor([[0] * 30 + [2] * 10, [1] * 40])
+    for kind in (torch.bfloat16, torch.float64):
+        expected = phase_write(weights, raw.to(kind).float(), groups, memory, documents)
+        got = phase_write(weights, raw.to(kind), groups.int(), memory, documents.int())
+        assert circular_difference(got[0], expected[0]).abs().max() < 1e-5
+        assert (got[1] - expected[1]).abs().max() < 2**32 * 1e-6
 
 
 def test_lookup_is_a_lookup():
@@ -166,3 +203,15 @@ def test_lookup_is_a_lookup():
 def test_wrong_input_is_named(delta, segments, state):
     with pytest.raises(ValueError, match="phase_scan"):
         phase_scan(delta, segments, state)
+
+
+def test_a_write_names_wrong_input():
+    weights, raw, groups, memory = write_problem(2, 5, 3, 2, 4)
+    for arguments in (
+        (weights, raw[:, 1:], groups, memory),
+        (weights, raw, groups[:1], memory),
+        (weights, raw, groups, memory[:, :, 1:]),
+        (weights, raw, groups, memory.long()),
+    ):
+        with pytest.raises(ValueError, match="phase_write"):
+            phase_write(*arguments)

@@ -25,7 +25,8 @@ _COUNTERS = ("seen", "in_document", "next_position")
 class PMNetCache(Cache):
     """Everything a PMNet remembers: the phase memory, the last `W - 1` keys and values, and three counters.
 
-    Its size does not depend on how much has been read. Passing it to a model advances it in place.
+    Its size does not depend on how much has been read. Passing it to a model advances it in place; so may tensors taken
+    from `memory` and the counters before (a `window` stays what it was). `clone()` keeps a state.
 
     Args:
         config: the model's configuration.
@@ -87,6 +88,11 @@ class PMNetCache(Cache):
     def batch_size(self) -> int:
         """B."""
         return self.seen.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values; the memory is int32."""
+        return (self._window if self._ring is None else self._ring.buffers)[0].keys.dtype
 
     @property
     def nbytes(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryRead, MemoryWrite
@@ -78,19 +79,19 @@ def try_step(
     try:
         weights = [_pointers_of(layer) for layer in layers]
         _check(norm, RMSNorm)
-        final = _float(norm._parameters["weight"])
+        final, tables = _float(norm._parameters["weight"]), [_float(anchor) for anchor in anchors]
+        ring = cache.ring()
+        per_layer, per_level = array("Q"), array("Q")
+        for found, buffer in zip(weights, ring.buffers, strict=True):
+            per_layer.extend(found)
+            per_layer.extend((_float(buffer.keys), _float(buffer.values)))
     except _Unusual:
         return None
     if position_ids is not None:
-        cache.next_position = position_ids.expand(hidden.shape[0], 1).flatten().clone()
-    ring = cache.ring()
-    per_layer, per_level = array("Q"), array("Q")
-    for found, buffer in zip(weights, ring.buffers, strict=True):
-        per_layer.extend(found)
-        per_layer.extend((buffer.keys.data_ptr(), buffer.values.data_ptr()))
+        cache.next_position = position_ids.expand(hidden.shape[0], 1).flatten().long().clone()
     cache.memory = [memory.contiguous() for memory in cache.memory]
-    for anchor, memory in zip(anchors, cache.memory, strict=True):
-        per_level.extend((_float(anchor), memory.data_ptr(), memory.shape[1]))
+    for table, memory in zip(tables, cache.memory, strict=True):
+        per_level.extend((table, memory.data_ptr(), memory.shape[1]))
     out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden.shape[0], ring.offset)
     kernels: Any = library()
     kernels.decode_step(
@@ -113,10 +114,18 @@ def _applies(
         return False
     if config._attn_implementation not in ("eager", "sdpa") or config.num_memory > MOST_SLOTS:
         return False
-    if attention_mask is not None and not bool(attention_mask[:, -1:].all()):
+    if cache.dtype != torch.float32 or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
         return False
-    # a position that does not increase starts a new document: the general path's business
-    return position_ids is None or bool((position_ids >= cache.next_position.unsqueeze(1)).all())
+    # padding, wrong shapes and a position that does not increase (a new document) are the general path's business
+    rows = hidden.shape[0]
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.shape[0] != rows or not bool(attention_mask[:, -1:].all())
+    ):
+        return False
+    return position_ids is None or (
+        tuple(position_ids.shape) in ((rows, 1), (1, 1))
+        and bool((position_ids >= cache.next_position.unsqueeze(1)).all())
+    )
 
 
 def _describe(values: Mapping[str, Any], rows: int, offset: int) -> _Model:
@@ -171,11 +180,13 @@ def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]
 
 
 def _check(module: nn.Module | None, kind: type) -> None:
-    if module is None or type(module) is not kind or module._forward_hooks or module._forward_pre_hooks:
+    if module is None or type(module) is not kind or "forward" in vars(module):
+        raise _Unusual
+    if module._forward_hooks or module._forward_pre_hooks:
         raise _Unusual
 
 
 def _float(tensor: Tensor | None) -> int:
-    if tensor is None or tensor.dtype != torch.float32 or not tensor.is_contiguous():
+    if tensor is None or tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
         raise _Unusual
     return tensor.data_ptr()

@@ -43,11 +43,10 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def native(x: Tensor) -> bool:
-    """Whether operators on `x` run in C++."""
+def native(*tensors: Tensor) -> bool:
+    """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32."""
     return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
+        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
         and _forced in ("auto", "native")
         and not torch.is_autocast_enabled("cpu")
         and _native_available()

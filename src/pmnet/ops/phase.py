@@ -35,7 +35,7 @@ def address(query: Tensor, keys: Tensor) -> Tensor:
     Returns:
         Weights that sum to 1 over the slots, `[B, T, N, R]`.
     """
-    if backend.native(query) and keys.shape[2] <= MOST_SLOTS:
+    if backend.native(query, keys) and keys.shape[2] <= MOST_SLOTS:
         return _address(query, keys)
     difference = to_angle(query).unsqueeze(2) - to_angle(keys)
     return (torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=2)
@@ -52,7 +52,7 @@ def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     Returns:
         `[B, T, N, 2M]`, never half precision.
     """
-    if backend.native(anchors):
+    if backend.native(anchors, anchors if field is None else field):
         return _geometry(field, anchors, groups)
     table = anchors.flatten(1)
     rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
@@ -75,7 +75,7 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
     Returns:
         `[B, T, R * M]`.
     """
-    if backend.native(query) and geometry.shape[2] <= MOST_SLOTS:
+    if backend.native(query, geometry, weight) and geometry.shape[2] <= MOST_SLOTS:
         return _read_slots(query, geometry, weight, bias)[0]
     heads = query.shape[2:]
     key_weight, value_weight = weight.chunk(2)

@@ -34,7 +34,7 @@ def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         `[B, T, H, E]`.
     """
-    if native(x):
+    if native(x, norm.weight):
         return _norm_rotate(x, norm.weight, cos, sin, norm.eps or 0.0)
     x = norm(x)
     first, second = x.chunk(2, dim=-1)
@@ -55,7 +55,7 @@ def rotary_table(positions: Tensor, width: int, theta: float, like: Tensor) -> t
     Returns:
         Cosines and sines, `[B or 1, T, 1, E]` each.
     """
-    table = _rotary_table(positions, width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
+    table = _rotary_table(positions.long(), width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
     return table[0], table[1]
 
 
@@ -65,7 +65,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     silu is spelled with tanh: torch's own differs in the last bit at the end of a vectorised run, and so would depend
     on how the stream is cut into chunks.
     """
-    if native(gate):
+    if native(gate, up):
         return _silu_product(gate, up)
     wide = gate if gate.dtype == torch.float64 else gate.float()
     return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up

@@ -12,7 +12,7 @@ from pmnet.ops.native import library
 
 
 def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
-    """Attend to the last `span` positions, oneself included; float32 on the CPU.
+    """Attend to the last `span` positions, oneself included; on the CPU, computed in float32.
 
     Args:
         query: `[B, T, H, E]`.
@@ -23,7 +23,7 @@ def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, 
     Returns:
         `[B, T, H, E]`. A row's bits depend on nothing but what it sees.
     """
-    return _window_attention(query, keys, values, span, scaling)
+    return _window_attention(query.float(), keys.float(), values.float(), span, scaling).to(query.dtype)
 
 
 def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:

@@ -50,8 +50,9 @@ static inline v16 fma(v16 a, v16 b, v16 c) {
 }
 // to the nearest integer, ties to even, for |a| < 2^22
 static inline v16 round_even(v16 a) { return (a + splat(12582912.f)) - splat(12582912.f); }
-static inline v16 smaller(v16 a, v16 b) { return a < b ? a : b; }
-static inline v16 greater(v16 a, v16 b) { return a > b ? a : b; }
+// `a` where it is not a number
+static inline v16 smaller(v16 a, v16 b) { return b < a ? b : a; }
+static inline v16 greater(v16 a, v16 b) { return b > a ? b : a; }
 
 static inline float sum(v16 v) {  // one fixed tree
     float s[LANES];

@@ -1,0 +1,387 @@
+"""The native decode step is the general path, bit for bit, and stands aside where it would not be."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+import pmnet
+from pmnet.model import step
+from pmnet.model.cache import PastKeys, Ring
+from pmnet.ops import Linear, use_backend
+from tests.conftest import SHAPES, assert_same_state, random_ids, small_model
+
+MODELS = {shape: small_model(shape) for shape in SHAPES}
+
+
+class Counted:
+    """The native library, counting decode steps."""
+
+    def __init__(self, kernels):
+        self.kernels, self.count = kernels, 0
+
+    def decode_step(self, *arguments):
+        self.count += 1
+        self.kernels.decode_step(*arguments)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    counted = Counted(step.library())
+    monkeypatch.setattr(step, "library", lambda: counted)
+    return counted
+
+
+@contextmanager
+def general_path():
+    """Decode without native steps, with the same native operators."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pmnet.model.modeling.try_step", lambda *_: None)
+        yield
+
+
+def both(model, ids, cache, twin, **arguments):
+    """Logits of one call on `cache`, after comparing with the general path on `twin`."""
+    with torch.no_grad():
+        got = model(ids, past_key_values=cache, **arguments)
+        with general_path():
+            expected = model(ids, past_key_values=twin, **arguments)
+    assert torch.equal(got.logits, expected.logits)
+    return got
+
+
+def prefilled(model, batch, columns=12):
+    """A state whose rows are at different places: row b starts with 4 * b columns of padding."""
+    mask = torch.arange(columns).expand(batch, -1) >= 4 * torch.arange(batch).unsqueeze(1)
+    cache = pmnet.PMNetCache(model.config, batch)
+    with torch.no_grad():
+        model(random_ids(batch, columns), attention_mask=mask.long(), past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("fresh", [True, False])
+def test_a_step_is_the_general_path(shape, batch, fresh, steps):
+    model, count = MODELS[shape], Ring.ROOM + 20
+    cache = pmnet.PMNetCache(model.config, batch) if fresh else prefilled(model, batch)
+    twin, ids = cache.clone(), random_ids(batch, count, seed=1)
+    for t in range(count):
+        both(model, ids[:, t : t + 1], cache, twin)
+        if t % 29 == 0 or t >= Ring.ROOM - 2:
+            assert_same_state(cache, twin)
+    assert cache.columns == twin.columns == count + (0 if fresh else 12)
+    assert steps.count == count
+    assert cache.nbytes == twin.nbytes
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_a_step_has_the_bits_of_the_parallel_form(shape, threads, steps):
+    model, ids = MODELS[shape], random_ids(2, 40)
+    cache, before = pmnet.PMNetCache(model.config, 2), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            whole = model(ids, use_cache=True)
+            logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(40)]
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(torch.cat(logits, dim=1), whole.logits)
+    assert_same_state(cache, whole.past_key_values)
+    assert steps.count == 40
+
+
+def test_without_recurrence(steps):
+    model = small_model("period", memory_cumsum=False)
+    cache = prefilled(model, 2)
+    twin, memory = cache.clone(), [level.clone() for level in cache.memory]
+    for t in range(20):
+        both(model, random_ids(2, 1, seed=t), cache, twin)
+    assert_same_state(cache, twin)
+    assert all(torch.equal(a, b) for a, b in zip(cache.memory, memory, strict=True))
+    assert steps.count == 20
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_positions_may_jump_ahead(shape, kind, steps):
+    model = MODELS[shape]
+    cache = prefilled(model, 3)
+    twin = cache.clone()
+    for t, jump in enumerate([0, 5, 0, 100_000, 0, 1]):
+        positions = (cache.next_position.unsqueeze(1) + jump).to(kind)
+        both(model, random_ids(3, 1, seed=t), cache, twin, position_ids=positions)
+        assert_same_state(cache, twin)
+    both(model, random_ids(3, 1), cache, twin)
+    assert_same_state(cache, twin)
+    assert steps.count == 7
+
+
+def test_mask_of_the_past_does_not_matter(steps):
+    model = MODELS["deep"]
+    cache = prefilled(model, 2)
+    mask = torch.zeros(2, 13, dtype=torch.long)
+    mask[:, -1] = 1
+    both(model, random_ids(2, 1), cache, cache.clone(), attention_mask=mask)
+    assert steps.count == 1
+
+
+def test_generate_steps(steps):
+    model, ids = MODELS["period"], random_ids(2, 7)
+    settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 256, "eos_token_id": None}
+    got = model.generate(ids, **settings)
+    assert steps.count == 11
+    with general_path():
+        assert torch.equal(model.generate(ids, **settings), got)
+
+
+# Where the step stands aside
+
+
+def assert_stands_aside(model, steps, **arguments):
+    cache = prefilled(model, 2)
+    twin = cache.clone()
+    out = both(model, random_ids(2, 1), cache, twin, **arguments)
+    assert steps.count == 0
+    assert_same_state(cache, twin)
+    return out
+
+
+MODULES = [
+    "layers.1", "layers.0.self_attn", "layers.1.self_attn.o_proj", "layers.0.mlp", "layers.0.mlp.up_proj",
+    "layers.0.memory_read_module", "layers.0.memory_write_module", "layers.1.memory_write_module.proj_out",
+    "layers.1.input_layernorm", "norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward"])
+@pytest.mark.parametrize("name", MODULES)
+def test_hooks_are_called(name, how, steps):
+    model, calls = small_model("deep"), []
+    module = model.model.get_submodule(name)
+    if how == "forward":  # as accelerate does
+        forward = module.forward
+        module.forward = lambda *inputs, **named: calls.append(1) or forward(*inputs, **named)
+    else:
+        register = module.register_forward_hook if how == "hook" else module.register_forward_pre_hook
+        register(lambda *_: calls.append(1))
+    cache = prefilled(model, 1)
+    calls.clear()
+    with torch.no_grad():
+        model(random_ids(1, 1), past_key_values=cache)
+    assert len(calls) == 1
+    assert steps.count == 0
+
+
+def test_global_hooks_are_called(steps):
+    model, calls = MODELS["deep"], []
+    cache = prefilled(model, 1)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(type(module)))
+    try:
+        with torch.no_grad():
+            model(random_ids(1, 1), past_key_values=cache)
+    finally:
+        handle.remove()
+    assert calls.count(pmnet.ops.RMSNorm) > 10
+    assert steps.count == 0
+
+
+class Adapted(Linear):
+    """A map of low rank beside the given one."""
+
+    def __init__(self, base):
+        super().__init__(base.in_features, base.out_features, bias=base.bias is not None)
+        self.load_state_dict(base.state_dict())
+        self.down = torch.nn.Parameter(torch.ones(2, base.in_features))
+
+    def forward(self, input):
+        return super().forward(input) + (input @ self.down.t()).sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("name", ["layers.0.self_attn.q_proj", "layers.1.memory_write_module.proj_k"])
+def test_replaced_modules_are_used(name, steps):
+    model, plain = small_model("deep"), small_model("deep")
+    parent, _, child = name.rpartition(".")
+    parent = model.model.get_submodule(parent)
+    setattr(parent, child, Adapted(getattr(parent, child)))
+    adapted = assert_stands_aside(model, steps).logits
+    assert not torch.equal(adapted, both(plain, random_ids(2, 1), prefilled(plain, 2), prefilled(plain, 2)).logits)
+
+
+def test_training_mode_and_gradients(steps):
+    model = small_model("deep")
+    cache = prefilled(model, 2)
+    model(random_ids(2, 1), past_key_values=cache).logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert_stands_aside(model.train(), steps)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"attention_mask": torch.tensor([[1], [0]])},
+        {"output_hidden_states": True},
+        {"document_ids": torch.tensor([[3], [4]])},
+        {"position_ids": torch.tensor([[12], [0]])},
+        {"position_ids": torch.tensor([[3]])},
+    ],
+)
+def test_unusual_arguments(arguments, steps):
+    out = assert_stands_aside(MODELS["period"], steps, **arguments)
+    assert (out.hidden_states is not None) == ("output_hidden_states" in arguments)
+
+
+def test_wrong_arguments_are_named_and_change_nothing(steps):
+    model = MODELS["deep"]
+    cache = prefilled(model, 2)
+    before = cache.clone()
+    for name, value in (
+        ("attention_mask", torch.ones(1, 13)),
+        ("attention_mask", torch.ones(13)),
+        ("position_ids", torch.full((2, 2), 99)),
+        ("position_ids", torch.tensor([99, 99])),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be"), torch.no_grad():
+            model(random_ids(2, 1), past_key_values=cache, **{name: value})
+    with pytest.raises(ValueError, match="does not fit"), torch.no_grad():
+        model(random_ids(1, 1), past_key_values=cache)
+    assert steps.count == 0
+    assert_same_state(cache, before)
+
+
+def test_unusual_weights(steps):
+    model = small_model("deep")
+    for parameter in (model.model.memory_embeddings[1], model.model.layers[0].mlp.up_proj.weight):
+        plain = parameter.data
+        parameter.data = plain.mT.contiguous().mT
+        assert_stands_aside(model, steps)
+        parameter.data = plain
+    assert_stands_aside(small_model("deep").double(), steps)
+
+
+def test_other_backends_and_autocast(steps):
+    with use_backend("torch"):
+        assert_stands_aside(MODELS["deep"], steps)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_stands_aside(MODELS["deep"], steps)
+
+
+def test_a_state_of_another_precision(steps):
+    """Keys kept in half precision by a float32 model: half the memory, converted on use."""
+    model = MODELS["deep"]
+    cache = pmnet.PMNetCache(model.config, 2, dtype=torch.bfloat16)
+    twin = cache.clone()
+    for t in range(9):
+        both(model, random_ids(2, 1, seed=t), cache, twin)
+        assert_same_state(cache, twin)
+    assert cache.window[0].keys.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_embeddings_of_another_precision(dtype):
+    """The embedding layer is the caller's business; the rest of the model keeps its precision."""
+    model = small_model("deep").to(dtype)
+    with torch.no_grad():
+        given = model.get_input_embeddings()(random_ids(2, 15)).float()
+        expected = model(inputs_embeds=given.to(dtype)).logits.double()
+        got = model(inputs_embeds=given).logits.double()
+    limit = 0.05 if dtype == torch.bfloat16 else 1e-5
+    assert (got - expected).norm() < limit * expected.norm()
+
+
+# The state in the middle of stepping
+
+
+def chosen(rows):
+    return lambda cache: cache.batch_select_indices(torch.tensor(rows))
+
+
+OPERATIONS = {
+    "clone": lambda cache: cache.clone(),
+    "reorder": lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])),
+    "select": chosen([1]),
+    "repeat": lambda cache: cache.batch_repeat_interleave(2),
+    "crop": lambda cache: cache.crop(-cache.columns),
+    "reset": lambda cache: cache.reset(),
+    "to": lambda cache: cache.to("cpu"),
+    "detach": lambda cache: cache.detach(),
+    "replace": lambda cache: setattr(cache, "window", [PastKeys(k + 1, v + 1) for k, v in cache.window]),
+}
+
+
+@pytest.mark.parametrize("operation", [*OPERATIONS, "save"])
+@pytest.mark.parametrize("shape", ["deep", "odd"])
+def test_operations_between_steps(operation, shape, steps, tmp_path):
+    model = MODELS[shape]
+    cache = prefilled(model, 3)
+    twin = cache.clone()
+
+    def apply(state):
+        if operation == "save":
+            state.save(tmp_path / "state.safetensors")
+            return pmnet.PMNetCache.load(tmp_path / "state.safetensors")
+        return OPERATIONS[operation](state) or state
+
+    for t in range(5):
+        both(model, random_ids(3, 1, seed=t), cache, twin)
+    cache, twin = apply(cache), apply(twin)
+    assert_same_state(cache, twin)
+    assert cache.columns == twin.columns
+    for t in range(5):
+        both(model, random_ids(cache.batch_size, 1, seed=t), cache, twin)
+    assert_same_state(cache, twin)
+    assert steps.count == 10
+
+
+@pytest.mark.parametrize("parts", [[1, 3, 1, 1, 20, 1], [1] * 5 + [130, 1, 2]])
+def test_steps_and_chunks_mix(shape, parts, steps):
+    model = MODELS[shape]
+    cache = prefilled(model, 2)
+    twin = cache.clone()
+    for part in random_ids(2, sum(parts), seed=3).split(parts, dim=1):
+        both(model, part, cache, twin)
+        assert_same_state(cache, twin)
+    assert steps.count == parts.count(1)
+
+
+def test_a_fork_and_its_origin_are_independent(steps):
+    model = MODELS["deep"]
+    origin = prefilled(model, 2)
+    with torch.no_grad():
+        model(random_ids(2, 1), past_key_values=origin)
+        fork = origin.clone()
+        for first, (a, b) in ((0, (origin, fork)), (100, (fork, origin))):
+            before = b.clone()
+            for t in range(first, first + 20):
+                model(random_ids(2, 1, seed=t), past_key_values=a)
+            assert_same_state(b, before)
+            assert not torch.equal(a.memory[0], b.memory[0])
+    assert steps.count == 41
+
+
+def test_a_window_handed_out_stays_as_it_is(steps):
+    model = MODELS["period"]
+    cache = prefilled(model, 2)
+    with torch.no_grad():
+        for t in range(Ring.ROOM + 5):
+            window = cache.window
+            copies = [past.keys.clone() for past in window]
+            model(random_ids(2, 1, seed=t), past_key_values=cache)
+            assert all(torch.equal(past.keys, copy) for past, copy in zip(window, copies, strict=True))
+            assert not torch.equal(cache.window[0].keys, copies[0])
+    assert steps.count == Ring.ROOM + 5
+
+
+def test_a_step_between_forward_and_backward(steps):
+    """The state may go on while a loss that was computed with it waits for its gradient."""
+    gradients = []
+    for stepping in (False, True):
+        model = small_model("period")
+        cache = prefilled(model, 2)
+        loss = model(random_ids(2, 9), past_key_values=cache, labels=random_ids(2, 9)).loss
+        if stepping:
+            with torch.no_grad():
+                for _ in range(3):
+                    model(random_ids(2, 1), past_key_values=cache)
+        loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert steps.count == 3
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
