@@ -99,3 +99,14 @@ def run_cli(arguments: list[str]) -> tuple[int, str]:
 @pytest.fixture(params=list(SHAPES))
 def shape(request) -> str:
     return request.param
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts native decode steps."""
+    from pmnet.model import step
+    from tests.stepping import Counted
+
+    counted = Counted(step.library())
+    monkeypatch.setattr(step, "library", lambda: counted)
+    return counted

@@ -233,6 +233,22 @@ class PMNetCache(Cache):
             raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
         return cache
 
+    def tensors(self) -> list[Tensor]:
+        """The whole state: memory by level, keys and values by layer, the counters."""
+        return list(self._tensors().values())
+
+    @classmethod
+    def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int = 1) -> "PMNetCache":
+        """The state that `tensors()` of a model's cache describes; `columns` matters to `crop` and `generate` only."""
+        cache = object.__new__(cls)
+        Cache.__init__(cache, layers=[])
+        levels, layers = config.num_levels, config.num_hidden_layers
+        cache.memory, rest = tensors[:levels], tensors[levels:]
+        cache.window = [PastKeys(*rest[2 * i : 2 * i + 2]) for i in range(layers)]
+        cache.seen, cache.in_document, cache.next_position = rest[2 * layers :]
+        cache.columns = columns
+        return cache
+
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {f"memory.{level}": state for level, state in enumerate(self.memory)}
         for layer, past in enumerate(self.window):
