@@ -147,7 +147,7 @@ def test_geometry(slots, size, length):
 def test_read(slots, size, heads, length):
     field = numbers(2, length, slots, size, scale=2.0)
     seen = torch.cat([field.sin(), field.cos()], dim=-1)
-    weight, bias = numbers(heads * size, 2 * size, scale=size**-0.5), numbers(heads * size)
+    weight, bias = numbers(2 * heads * size, 2 * size, scale=size**-0.5), numbers(2 * heads * size)
     assert_accurate(read_slots, [numbers(2, length, heads, size), seen, weight, bias])
 
 

@@ -36,7 +36,7 @@ def row_wise():
     q, k = random(2, length, 3, 37), random(2, length, 3, 3, 37)
     field, anchors, groups = random(2, length, 3, 37), random(7, 3, 37), integers(7, 2, length)
     seen = torch.cat([field.sin(), field.cos()], dim=-1)
-    key_weight, key_bias = random(3 * 37, 2 * 37), random(3 * 37)
+    read_weight, read_bias = random(2 * 3 * 37, 2 * 37), random(2 * 3 * 37)
 
     def rotated(s):
         return norm_rotate(heads[:, s], norm_of(weight[:22]), *rotary_table(positions[:, s], 22, 1e4, heads))
@@ -53,7 +53,7 @@ def row_wise():
         "attention": attended,
         "address": lambda s: address(q[:, s], k[:, s]),
         "geometry": lambda s: geometry(field[:, s], anchors, groups[:, s]),
-        "read": lambda s: read_slots(q[:, s], seen[:, s], key_weight, key_bias),
+        "read": lambda s: read_slots(q[:, s], seen[:, s], read_weight, read_bias),
         "linear": lambda s: row_stable_linear(x[:, s], random(40, 300), random(40)),
     }
 
@@ -95,11 +95,11 @@ def test_a_write_has_the_same_bits_in_any_cut_and_company(count):
 def test_gradients_do_not_depend_on_the_number_of_threads(name):
     """Those of the inputs of positions."""
     x, y, z = (numbers(2, 131, 44, seed=i).requires_grad_() for i in range(3))
-    weight, keys, ones = numbers(22), (numbers(44, 88), numbers(44)), torch.ones(2, 131, dtype=torch.int64)
+    weight, keys, ones = numbers(22), (numbers(88, 88), numbers(88)), torch.ones(2, 131, dtype=torch.int64)
     table = rotary_table(torch.arange(131)[None], 22, 1e4, x)
     heads, slots = [v.unflatten(2, (2, 22)) for v in (x, y, z)], torch.stack([y, z], 2)
     function, used = {
-        "norm": (lambda: norm_of(keys[1])(x), [x]),
+        "norm": (lambda: norm_of(keys[1][:44])(x), [x]),
         "rotation": (lambda: norm_rotate(heads[0], norm_of(weight), *table), [x]),
         "gate": (lambda: silu_product(x, y), [x, y]),
         "attention": (lambda: window_attention(heads[0][:, 8:], *heads[1:], 9 * ones[:, 8:], 0.2), [x, y, z]),
@@ -188,7 +188,7 @@ def test_undefined_numbers_stay_in_their_row_and_are_seen(name):
         "address": lambda x: address(x.unsqueeze(2), torch.stack([x + 1, x - 1], 2).unsqueeze(3)),
         "geometry": lambda x: geometry(x.unflatten(2, (2, 22)), numbers(1, 2, 22), groups),
         "read": lambda x: read_slots(
-            x.unsqueeze(2), torch.stack([x, -x], 2).repeat(1, 1, 1, 2), numbers(44, 88), x[1, 0]
+            x.unsqueeze(2), torch.stack([x, -x], 2).repeat(1, 1, 1, 2), numbers(88, 88), x[1, 0].repeat(2)
         ),
         "linear": lambda x: row_stable_linear(x, numbers(5, 44)),
     }
