@@ -57,3 +57,22 @@ def test_the_table_of_the_demo_is_stored():
         assert {cell["gap"] for cell in cells} == {int(gap.replace(",", ""))}
         expected = [exact[len(exact) // 2], exact[0], exact[-1], control[len(control) // 2]]
         assert [f"{100 * x:.1f}" for x in expected] == figures
+
+
+def test_the_table_of_speed_is_stored():
+    rows = re.findall(r"^\| `([\w-]+)` \|[^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|", README, re.M)
+    assert len(rows) >= 6
+    for case, *cells in rows:
+        for preset, cell in zip(("demo", "30m", "119m"), cells, strict=True):
+            path = ROOT / "results" / "bench" / f"{case}-{preset}.json"
+            if cell.strip() == "not measured":
+                assert not path.exists()
+                continue
+            stored = {row["contender"]: row for row in json.loads(path.read_text())["rows"]}
+            if case == "memory":
+                ratio = stored["published"]["difference_bytes"] / stored["ours"]["difference_bytes"]
+            elif case == "decode-int8":
+                ratio = stored["published"]["times_ours"]["median"] / stored["ours-int8"]["times_ours"]["median"]
+            else:
+                ratio = stored["published"]["times_ours"]["median"]
+            assert cell.strip() == f"{ratio:.1f}x", (case, preset)

@@ -42,7 +42,11 @@ class Chunk:
     def advance(self, cache: PMNetCache, memory: list[Tensor], window: list[PastKeys]) -> None:
         """Move `cache` past this chunk, in place."""
         kept = zip(cache.window, window, strict=True)
-        cache.window = [PastKeys(new.keys.to(old.keys.dtype), new.values.to(old.values.dtype)) for old, new in kept]
+        # copies: the tails are views, and would keep the keys of the whole chunk alive
+        cache.window = [
+            PastKeys(new.keys.to(old.keys.dtype, copy=True), new.values.to(old.values.dtype, copy=True))
+            for old, new in kept
+        ]
         cache.memory = memory
         read = self.columns if self.counts is None else self.counts
         cache.seen = cache.seen + read
