@@ -90,9 +90,11 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     phases, state = ("equal" if verdict[key] else "NOT equal" for key in ("memory_equal", "state_equal"))
     return [
         "",
-        f"After the first chunk, resident memory grew by {verdict['resident_growth']:.1%}; the last chunk was read at "
-        f"{verdict['last_rate_over_first']:.2f} times the rate of the first. Read in chunks of "
-        f"{result['finer_chunk']:,} bytes instead, the phases are {phases} to the bit and the whole state is {state}.",
+        f"Read in calls of {result['finer_chunk']:,} bytes: after the first row, resident memory grew by "
+        f"{verdict['resident_growth']:.1%}, and the last row was read at {verdict['last_rate_over_first']:.2f} times "
+        f"the rate of the first. In calls of {result['chunk']:,} bytes: {verdict['coarse_resident_growth']:.1%} and "
+        f"{verdict['coarse_last_rate_over_first']:.2f} times. The phases of both are {phases} to the bit and the whole "
+        f"state is {state}.",
     ]
 
 
