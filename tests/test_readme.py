@@ -76,3 +76,10 @@ def test_the_table_of_speed_is_stored():
             else:
                 ratio = stored["published"]["times_ours"]["median"]
             assert cell.strip() == f"{ratio:.1f}x", (case, preset)
+
+
+def test_the_cost_of_int8_is_stored():
+    for name in ("float32", "int8"):
+        stored = json.loads((ROOT / "results" / "int8" / f"{name}.json").read_text())
+        assert f"{stored['bits_per_byte']:.4f}" in README
+        assert stored["int8"] == (name == "int8")
