@@ -83,3 +83,11 @@ def test_the_cost_of_int8_is_stored():
         stored = json.loads((ROOT / "results" / "int8" / f"{name}.json").read_text())
         assert f"{stored['bits_per_byte']:.4f}" in README
         assert stored["int8"] == (name == "int8")
+
+
+def test_the_run_with_the_kernels_is_stored():
+    folder = ROOT / "results" / "demo-native" / "seed-0"
+    exact = [cell["exact"] for cell in json.loads((folder / "retrieval.json").read_text())["cells"]]
+    assert f"{100 * min(exact):.1f} to {100 * max(exact):.1f} % at every gap" in README
+    seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    assert f"{seconds:.0f} s of training" in README
