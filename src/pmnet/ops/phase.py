@@ -14,7 +14,7 @@ from torch import Tensor
 from pmnet.ops import backend
 from pmnet.ops.gather import lookup
 from pmnet.ops.linear import products, row_stable_linear
-from pmnet.ops.native import library
+from pmnet.ops.native import kernels, pointers
 
 MOST_SLOTS = 64  # of the native kernels
 _BLOCK = 2**21  # keys computed at a time when slots are read: they stay in the processor's cache
@@ -92,14 +92,6 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
     return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
 
 
-def _kernels() -> Any:
-    return library()
-
-
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-
-
 def _dense(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
@@ -109,7 +101,7 @@ def _address(query: Tensor, keys: Tensor) -> Tensor:
     query, keys = query.contiguous(), keys.contiguous()
     batch, length, slots, heads, size = keys.shape
     weights = query.new_empty(batch, length, slots, heads)
-    _kernels().address(*_pointers(query, keys, None, weights), batch * length, slots, heads, size)
+    kernels().address(*pointers(query, keys, None, weights), batch * length, slots, heads, size)
     return weights
 
 
@@ -118,8 +110,8 @@ def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Te
     query, keys, upstream = query.contiguous(), keys.contiguous(), upstream.contiguous()
     batch, length, slots, heads, size = keys.shape
     grads = torch.empty_like(query), torch.empty_like(keys)
-    _kernels().address_backward(
-        *_pointers(query, keys, None, weights, upstream, *grads), batch * length, slots, heads, size
+    kernels().address_backward(
+        *pointers(query, keys, None, weights, upstream, *grads), batch * length, slots, heads, size
     )
     return grads
 
@@ -130,7 +122,7 @@ def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     anchors, groups = anchors.contiguous(), groups.contiguous()
     slots, size = anchors.shape[1:]
     out = anchors.new_empty(*groups.shape, slots, 2 * size)
-    _kernels().geometry(*_pointers(field, anchors, groups, out), groups.numel(), slots, size)
+    kernels().geometry(*pointers(field, anchors, groups, out), groups.numel(), slots, size)
     return out
 
 
@@ -139,7 +131,7 @@ def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
     upstream = upstream.contiguous()
     *leading, width = geometry.shape
     grad = geometry.new_empty(*leading, width // 2)
-    _kernels().geometry_backward(*_pointers(geometry, upstream, grad), geometry.numel() // width, width // 2)
+    kernels().geometry_backward(*pointers(geometry, upstream, grad), geometry.numel() // width, width // 2)
     return grad
 
 
@@ -153,8 +145,8 @@ def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -
     for q, g, a, v in _in_blocks(query, geometry, weights, values):
         count = q.shape[0]
         keys, mixed = products(g.view(-1, width), weight[: heads * size], None), q.new_empty(count, heads, width)
-        _kernels().address(*_pointers(q, keys, bias, a), count, slots, heads, size)
-        _kernels().mix(*_pointers(a, g, mixed), count, slots, heads, width)
+        kernels().address(*pointers(q, keys, bias, a), count, slots, heads, size)
+        kernels().mix(*pointers(a, g, mixed), count, slots, heads, width)
         for r, part in enumerate(_value_rows(heads, size)):
             products(mixed[:, r], weight[part], bias[part], out=v[:, r * size : (r + 1) * size])
     return values, weights
@@ -174,14 +166,14 @@ def _read_slots_backward(
         count = q.shape[0]
         keys, mixed = products(g.view(-1, width), weight[:wide], None), q.new_empty(count, heads, width)
         slopes, grad_mixed = torch.empty_like(a), torch.empty_like(mixed)
-        _kernels().mix(*_pointers(a, g, mixed), count, slots, heads, width)
+        kernels().mix(*pointers(a, g, mixed), count, slots, heads, width)
         for r, part in enumerate(_value_rows(heads, size)):
             up_of_head = up[:, r * size : (r + 1) * size]
             torch.mm(up_of_head, weight[part], out=grad_mixed[:, r])
             grad_weight[part].addmm_(up_of_head.t(), mixed[:, r])
-        _kernels().mix_backward(*_pointers(a, g, grad_mixed, slopes, grad_geometry), count, slots, heads, width)
-        _kernels().address_backward(
-            *_pointers(q, keys, bias, a, slopes, grad_query, keys), count, slots, heads, size
+        kernels().mix_backward(*pointers(a, g, grad_mixed, slopes, grad_geometry), count, slots, heads, width)
+        kernels().address_backward(
+            *pointers(q, keys, bias, a, slopes, grad_query, keys), count, slots, heads, size
         )  # the gradient of the keys takes their place
         grad_geometry.view(-1, width).addmm_(keys, weight[:wide])
         grad_weight[:wide].addmm_(keys.t(), g.view(-1, width))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmnet.ops.backend import native
-from pmnet.ops.native import library
+from pmnet.ops.native import kernels
 
 _BLOCK = 64  # rows whose weight gradients are summed in turn, whatever the number of threads
 
@@ -71,16 +71,12 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up
 
 
-def _kernels() -> Any:
-    return library()
-
-
 @torch.library.custom_op("pmnet::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    _kernels().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    kernels().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
     return out
 
 
@@ -89,7 +85,7 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) 
     x, upstream = x.contiguous(), upstream.contiguous()
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-rows // _BLOCK), width)
-    _kernels().rms_norm_backward(
+    kernels().rms_norm_backward(
         x.data_ptr(),
         weight.data_ptr(),
         upstream.data_ptr(),
@@ -108,7 +104,7 @@ def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
-    _kernels().norm_rotate(
+    kernels().norm_rotate(
         x.data_ptr(), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
         positions, cos.numel() // width, heads, width, eps,
     )  # fmt: skip
@@ -122,7 +118,7 @@ def _norm_rotate_backward(
     x, cos, sin, upstream = x.contiguous(), cos.contiguous(), sin.contiguous(), upstream.contiguous()
     positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-positions // _BLOCK), width)
-    _kernels().norm_rotate_backward(
+    kernels().norm_rotate_backward(
         x.data_ptr(), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), upstream.data_ptr(), grad.data_ptr(),
         parts.data_ptr(), positions, cos.numel() // width, heads, width, _BLOCK, eps,
     )  # fmt: skip
@@ -135,7 +131,7 @@ def _rotary_table(positions: Tensor, width: int, theta: float, double: bool, nat
     if natively:
         positions = positions.contiguous()
         table = positions.new_empty(2, *positions.shape, width, dtype=torch.float32)
-        _kernels().rotary_table(
+        kernels().rotary_table(
             positions.data_ptr(), table[0].data_ptr(), table[1].data_ptr(), positions.numel(), width, theta
         )
         return table
@@ -155,7 +151,7 @@ def _(positions: Tensor, width: int, theta: float, double: bool, natively: bool)
 def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    _kernels().silu_product(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    kernels().silu_product(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
     return out
 
 
@@ -163,7 +159,7 @@ def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
 def _silu_product_backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, upstream = gate.contiguous(), up.contiguous(), upstream.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)
-    _kernels().silu_product_backward(
+    kernels().silu_product_backward(
         gate.data_ptr(), up.data_ptr(), upstream.data_ptr(), *(grad.data_ptr() for grad in grads), gate.numel()
     )
     return grads

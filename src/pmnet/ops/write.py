@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmnet.ops import backend
-from pmnet.ops.native import library
+from pmnet.ops.native import kernels, pointers
 from pmnet.ops.phase import to_angle
 from pmnet.ops.scan import scan_rotations
 
@@ -90,9 +90,8 @@ def _phase_write(
     weights, raw, groups, documents, valid = _dense(weights, raw, groups, documents, valid)
     after = memory.clone(memory_format=torch.contiguous_format)
     angle = weights.new_empty(*weights.shape, raw.shape[-1])
-    kernels: Any = library()
-    kernels.phase_write(
-        *_pointers(weights, raw, groups, documents, valid, after, angle),
+    kernels().phase_write(
+        *pointers(weights, raw, groups, documents, valid, after, angle),
         *groups.shape, *memory.shape[1:], phase_bits, cumulative,
     )  # fmt: skip
     return angle, after
@@ -113,14 +112,13 @@ def _phase_write_backward(
     weights, raw, groups, documents, valid = _dense(weights, raw, groups, documents, valid)
     upstream = upstream.contiguous()
     slots, size = upstream.shape[2:]
-    kernels: Any = library()
     counts = None
     if scale_gradient:
         counts = torch.empty_like(groups)
-        kernels.segment_counts(*_pointers(groups, documents, valid, counts), *groups.shape, group_count)
+        kernels().segment_counts(*pointers(groups, documents, valid, counts), *groups.shape, group_count)
     parts, grad_raw = weights.new_empty(-(-size // _PART), *weights.shape), torch.empty_like(raw)
-    kernels.phase_write_backward(
-        *_pointers(weights, raw, groups, documents, valid, counts, upstream, parts, grad_raw),
+    kernels().phase_write_backward(
+        *pointers(weights, raw, groups, documents, valid, counts, upstream, parts, grad_raw),
         *groups.shape, group_count, slots, size, 32, cumulative,
     )  # fmt: skip
     return parts.sum(0), grad_raw
@@ -128,10 +126,6 @@ def _phase_write_backward(
 
 def _dense(*tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(None if tensor is None else tensor.contiguous() for tensor in tensors)
-
-
-def _pointers(*tensors: Tensor | None) -> list[int | None]:
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 @_phase_write.register_fake

@@ -13,6 +13,9 @@ import platform
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 _FLAGS = [
     "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno",
@@ -72,6 +75,16 @@ def library() -> ctypes.CDLL | None:
         function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
     return loaded
+
+
+def kernels() -> Any:
+    """The compiled kernels, for code that runs only where `pmnet.ops.native` is true."""
+    return library()
+
+
+def pointers(*tensors: Tensor | None) -> list[int | None]:
+    """Addresses to pass to a kernel; the tensors must be contiguous and outlive the call."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _processor() -> bytes:
