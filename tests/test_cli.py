@@ -59,12 +59,44 @@ def test_bits_are_those_of_one_parallel_pass(model, text):
 
 
 def test_retrieval_table_is_stored(model, tmp_path):
-    arguments = ["eval", "retrieval", str(model), "--strings", "8", "--length", "2", "--multiples", "0.5,3"]
-    assert run_cli([*arguments, "--save", str(tmp_path / "result")])[0] == 0
-    stored = json.loads((tmp_path / "result" / "retrieval.json").read_text())
-    assert [cell["gap"] for cell in stored["cells"]] == [8, 48]
+    arguments = ["eval", "retrieval", str(model), "--strings", "8", "--sizes", "1,2", "--distances", "0.5x,3x,2000"]
+    code, printed = run_cli([*arguments, "--save", str(tmp_path / "result")])
+    assert code == 0
+    assert "2,000" in printed
+    stored = json.loads((tmp_path / "result" / "copy-paste.json").read_text())
+    cells = stored["cells"]
+    assert [(cell["size"], cell["distance"]) for cell in cells] == [(k, n) for k in (1, 2) for n in (8, 48, 2000)]
+    assert [cell["control"] is None for cell in cells] == [False, False, True] * 2
     assert stored["commit"] is None or len(stored["commit"]) >= 40
-    assert (tmp_path / "result" / "retrieval.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "result" / "copy-paste.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("task", "sizes", "variants", "distances"),
+    [
+        ("copy-paste", "2", "random,constant,text", "5"),
+        ("selective-copy", "2", "", ""),
+        ("recall", "4,8", "1,2", ""),
+        ("lookup", "8", "", ""),
+        ("needle", "900", "", "0,0.5"),
+    ],
+)
+def test_every_task_is_measured(model, text, tmp_path, task, sizes, variants, distances):
+    arguments = ["eval", "retrieval", str(model), "--task", task, "--strings", "3", "--sizes", sizes]
+    arguments += ["--variants", variants, "--distances", distances, "--text", str(text), "--no-control"]
+    assert run_cli([*arguments, "--save", str(tmp_path)])[0] == 0
+    cells = json.loads((tmp_path / f"{task}.json").read_text())["cells"]
+    assert len(cells) == {"copy-paste": 3, "selective-copy": 1, "recall": 4, "lookup": 2, "needle": 8}[task]
+    assert all(cell["strings"] == 3 and cell["control"] is None for cell in cells)
+
+
+def test_bad_grids_are_named(model):
+    start = ["eval", "retrieval", model]
+    fails([*start, "--task", "chess"], "unknown task 'chess'")
+    fails([*start, "--distances", "far"], "not 'far'")
+    fails([*start, "--variants", "snow"], "unknown filler 'snow'")
+    fails([*start, "--text", "/nowhere"], "no file at /nowhere")
+    fails([*start, "--sizes", "many"], "'many'")
 
 
 def test_state_continues_in_another_process(model, tmp_path):

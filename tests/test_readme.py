@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 import pmnet
-from pmnet.train.recipes import copy_paste_demo, lm_30m, lm_tiny
+from pmnet.train.recipes import RECIPES, lm_30m, lm_tiny
 from tests.conftest import run_cli, small_model
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ def test_every_command_exists():
 
 
 def test_sizes_are_those_of_the_recipes():
-    for recipe, size in ((copy_paste_demo, 188_800), (lm_tiny, 1_158_656), (lm_30m, 29_983_744)):
+    for recipe, size in ((RECIPES["copy-paste"]["demo"], 188_800), (lm_tiny, 1_158_656), (lm_30m, 29_983_744)):
         with torch.device("meta"):
             model = pmnet.PMNetForCausalLM(recipe().model)
         assert sum(p.numel() for p in model.parameters()) == size

@@ -10,14 +10,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pmnet.data.copy_paste import FILLER, LETTERS, copy_batch
+from pmnet.baselines import CONTROLS, control, load_any
+from pmnet.baselines.controls import parameters
 from pmnet.data.files import RandomWindows, open_files
-from pmnet.model.tokenizer import BOS, PAD, PASTE
+from pmnet.data.tasks import CopyPaste
+from pmnet.eval.retrieval import measure
+from pmnet.model import PMNetForCausalLM
+from pmnet.model.tokenizer import EOS, PASTE
 from pmnet.train import loop
 from pmnet.train.checkpoint import latest_checkpoint
+from pmnet.train.ladders import LADDERS
 from pmnet.train.loop import TrainingStopped, loss_of, train
-from pmnet.train.recipes import COPY_PASTE, LANGUAGE_MODEL, Recipe
-from pmnet.train.tasks import ByteTask, CopyCurriculum
+from pmnet.train.recipes import RECIPES, Recipe
+from pmnet.train.tasks import ByteTask
 from tests.conftest import small_config, small_model
 
 
@@ -58,12 +63,15 @@ def test_loss_falls_and_the_run_folder_is_complete(text, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lm", "copy-paste"])
 def test_resume_equals_uninterrupted(kind, text, tmp_path, monkeypatch):
-    plan = recipe(steps=8, checkpoint_seconds=1e9, model=small_config("deep", attention_dropout=0.1))
+    model = small_config("deep", attention_dropout=0.1)
+    plan = recipe(steps=8, checkpoint_seconds=1e9, model=model, size=3, muon=kind != "lm")
 
     def source():
         if kind == "lm":
             return task(text, plan)
-        return CopyCurriculum(plan.model.receptive_field, 0, 4, longest=3, advance=-1.0)
+        ladder = LADDERS["copy-paste"](plan)
+        ladder.advance = -1.0
+        return ladder
 
     train(plan, source(), tmp_path / "whole")
     original, calls = loop.loss_of, []
@@ -144,8 +152,8 @@ def test_a_failing_disk_loses_nothing(text, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["lm", "copy-paste"])
 def test_the_training_step_compiles_without_graph_breaks(name, text):
-    plan = (LANGUAGE_MODEL["tiny"] if name == "lm" else COPY_PASTE["demo"])()
-    source = task(text, replace(plan, length=40)) if name == "lm" else CopyCurriculum(15, 0, 4)
+    plan = next(iter(RECIPES[name].values()))()
+    source = task(text, replace(plan, length=40)) if name == "lm" else LADDERS[name](plan)
     model = small_model("deep").train()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     batch = source.batch(0)
@@ -172,37 +180,65 @@ def test_bf16_autocast_and_pure_bf16_train(text):
         assert parameter.grad.isfinite().all()
 
 
-def test_copy_batches_are_what_they_say():
-    generator = torch.Generator().manual_seed(0)
-    batch = copy_batch(200, 3, (5, 9), 2, generator, width=30)
-    gaps = set()
-    for ids, mask, string in zip(*batch, strict=True):
-        row = ids[mask == 1].tolist()
-        start, paste = row.index(BOS), row.index(PASTE)
-        assert row[start + 1 : start + 4] == string.tolist() == row[paste + 1 :]
-        assert all(FILLER[0] <= x < FILLER[1] for x in row[:start] + row[start + 4 : paste])
-        assert all(LETTERS[0] <= x < LETTERS[1] for x in string.tolist())
-        assert start <= 2
-        gaps.add(paste - start - 4)
-        assert (ids[mask == 0] == PAD).all()
-    assert gaps == {5, 6, 7, 8, 9}
-    with pytest.raises(ValueError, match="needs 19 positions"):
-        copy_batch(1, 3, (5, 9), 2, generator, width=18)
-
-
-def test_curriculum_comes_within_reach_only_once_strings_are_grown():
-    source, near, shapes = CopyCurriculum(reach=15, seed=3, longest=4), 0, set()
-    for index in range(200):
-        batch = source.batch(index)
-        ids = batch["input_ids"]
-        shapes.add(tuple(ids.shape))
-        gaps = (ids == PASTE).long().argmax(1) - (ids == BOS).long().argmax(1) - 1 - source.drawn
-        assert source.length == 4 or (gaps >= 15).all()
-        near += bool((gaps < 15).any())
+def test_a_ladder_is_climbed_by_accuracy_and_by_patience():
+    plan = replace(RECIPES["copy-paste"]["demo"](), size=4, batch_size=8)
+    source, gaps = LADDERS["copy-paste"](plan), []
+    assert len(source.stages) == 6 + 2 + 3
+    for index in range(300):
+        ids = source.batch(index)["input_ids"]
+        gap = (ids == PASTE).long().argmax(1) - (ids == EOS).long().argmax(1) - 1
+        gaps.append((source.stage == len(source.stages), gap.min().item(), gap.max().item(), len(ids)))
         source.observe(1.0)
-    assert source.length == 4
-    assert 5 < near < 60
-    assert shapes == {(32, source.width - 1), (8, 4 * source.width - 1)}
+    assert source.stage == len(source.stages)
+    assert all(least >= 15 for last, least, _, _ in gaps if not last)  # the memory is the only way while it is learned
+    final = [row for row in gaps if row[0]]
+    assert 0.05 < sum(least < 15 for _, least, _, _ in final) / len(final) < 0.25
+    assert 0.15 < sum(most > 30 for _, _, most, _ in final) / len(final) < 0.4
+    assert {rows for *_, rows in final} == {8, 2}
+    stuck = LADDERS["copy-paste"](replace(plan, steps=220))
+    stages = []
+    for index in range(112):
+        stuck.batch(index)
+        stuck.observe(0.0)
+        stages.append(stuck.stage)
+    assert stages[9] == 1
+    assert stages[-1] == len(stuck.stages)
+
+
+@pytest.mark.parametrize("name", list(LADDERS))
+def test_every_task_trains_and_a_ladder_resumes(name):
+    plan = replace(RECIPES[name]["demo"](), batch_size=4)
+    source, model = LADDERS[name](plan), PMNetForCausalLM(plan.model).train()
+    loss, correct = loss_of(model, source.batch(0))
+    loss.backward()
+    assert loss.isfinite()
+    assert 0 <= correct <= 1
+    for index in range(40):
+        source.batch(index)
+        source.observe(0.9)
+    other = LADDERS[name](plan)
+    other.restore(json.loads(json.dumps(source.state())))
+    for index in range(40, 50):
+        one, two = source.batch(index), other.batch(index)
+        assert all(torch.equal(one[key], two[key]) for key in one)
+        source.observe(0.5)
+        other.observe(0.5)
+    assert source.state() == other.state()
+
+
+@pytest.mark.parametrize("name", list(CONTROLS))
+def test_controls_have_our_size_and_train(name, tmp_path):
+    plan = replace(RECIPES["copy-paste"]["demo"](), steps=2, batch_size=4)
+    size = parameters(plan.model)
+    plan = replace(plan, model=control(name, plan.model))
+    assert abs(parameters(plan.model) - size) < 0.01 * size
+    trained = train(plan, LADDERS["copy-paste"](plan), tmp_path / name)
+    loaded = load_any(tmp_path / name / "model")
+    ids = torch.randint(0, 256, (2, 30))
+    with torch.no_grad():
+        assert torch.equal(loaded(ids, use_cache=False).logits, trained(ids, use_cache=False).logits)
+    problem = CopyPaste((2, 2), (30, 30))
+    assert 0 <= measure(loaded, problem, 4, 0).letters <= 1
 
 
 def test_windows_cover_files_and_shift_labels(text):
@@ -228,7 +264,7 @@ def test_two_processes_train_one_model(text, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert latest_checkpoint(run).name == "step-2"
 
-    plan = replace(LANGUAGE_MODEL["tiny"](), steps=2, batch_size=2, length=24, compile=False)
+    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=2, length=24, compile=False)
     source = task(text, plan)
 
     class Both(ByteTask):

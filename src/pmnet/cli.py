@@ -1,4 +1,4 @@
-"""The `pmnet` command: train, eval, generate; flops and bench are in `cli_bench.py`."""
+"""The `pmnet` command; flops and bench are in `cli_bench.py`, `eval retrieval` in `cli_retrieval.py`."""
 
 import os
 import sys
@@ -11,27 +11,29 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from transformers.utils import logging as transformers_logging
 
+from pmnet.baselines import CONTROLS, control
 from pmnet.cli_bench import bench_command, flops_command
+from pmnet.cli_retrieval import retrieval_command
+from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.eval.bits import bits_per_byte
-from pmnet.eval.retrieval import Cell, retrieval_table
 from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
-from pmnet.report.plots import plot_retrieval
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import starting_point
+from pmnet.train.ladders import LADDERS
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped, train
-from pmnet.train.recipes import COPY_PASTE, LANGUAGE_MODEL
-from pmnet.train.tasks import ByteTask, CopyCurriculum, Task
+from pmnet.train.recipes import RECIPES
+from pmnet.train.tasks import ByteTask, Task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 app.add_typer(evaluate, name="eval")
 out = Console()
 
+_PRESETS = "; ".join(f"{task}: {', '.join(recipes)}" for task, recipes in RECIPES.items())
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]
 
@@ -58,13 +60,17 @@ def _quiet() -> None:
 
 @app.command("train")
 def train_command(
-    task: Annotated[str, typer.Argument(help="`lm` (bytes of files) or `copy-paste`.")] = "lm",
+    task: Annotated[str, typer.Argument(help=f"What to learn: {', '.join(RECIPES)}.")] = "lm",
     data: Annotated[list[Path] | None, typer.Option(help="File or folder to learn from (lm); may be repeated.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Recipe: tiny, 30m, 119m (lm); demo (copy-paste).")] = None,
+    preset: Annotated[str | None, typer.Option(help="Recipe; the first is the default: " + _PRESETS)] = None,
+    architecture: Annotated[
+        str, typer.Option("--model", help="pmnet, or a control of equal size: " + ", ".join(CONTROLS))
+    ] = "pmnet",
     run: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/latest"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
@@ -73,66 +79,34 @@ def train_command(
     resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
 ) -> None:
     """Train a model; Ctrl-C stops after a checkpoint, --resume continues to the same bits."""
-    recipes = {"lm": LANGUAGE_MODEL, "copy-paste": COPY_PASTE}.get(task)
+    recipes = RECIPES.get(task)
     with _plain_errors():
         if recipes is None:
-            raise ValueError(f"unknown task {task!r}; there are lm and copy-paste")
+            raise ValueError(f"unknown task {task!r}; there are {', '.join(RECIPES)}")
         name = preset or next(iter(recipes))
         if name not in recipes:
             raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
         changes: dict[str, Any] = {
-            "steps": steps, "batch_size": batch_size, "length": length, "learning_rate": learning_rate, "seed": seed,
-            "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
+            "steps": steps, "batch_size": batch_size, "length": length, "size": size, "learning_rate": learning_rate,
+            "seed": seed, "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
         }  # fmt: skip
         recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
+        if architecture != "pmnet":
+            assert isinstance(recipe.model, PMNetConfig)
+            recipe = replace(recipe, model=control(architecture, recipe.model))
         source: Task
         if task == "lm":
             if not data:
                 raise ValueError("training a language model needs --data FILE_OR_FOLDER")
             source = ByteTask(RandomWindows(open_files(data), recipe.length, recipe.batch_size, recipe.seed))
         else:
-            source = CopyCurriculum(recipe.model.receptive_field, recipe.seed, recipe.batch_size)
+            source = LADDERS[task](recipe)
         starting_point(run, resume)
         if os.environ.get("RANK", "0") == "0":
-            write_json(run / "config.json", {**provenance(), "task": task, "preset": name, "recipe": recipe.facts(),
-                                             "model": recipe.model.to_dict()})  # fmt: skip
+            facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
+            write_json(run / "config.json", facts | {"recipe": recipe.facts(), "model": recipe.model.to_dict()})
         train(recipe, source, run, resume)
     out.print(f"model saved to {run / 'model'}")
-
-
-@evaluate.command("retrieval")
-def retrieval_command(
-    model: Model,
-    length: Annotated[int, typer.Option(min=1, help="Letters of a string.")] = 8,
-    strings: Annotated[int, typer.Option(min=1, help="Strings per distance.")] = 1000,
-    multiples: Annotated[str, typer.Option(help="Distances in multiples of the attention's reach.")] = "0.25,1,2,8,64",
-    seed: Annotated[int, typer.Option(min=0)] = 12345,
-    save: Annotated[Path | None, typer.Option(help="Folder for retrieval.json and retrieval.png.")] = None,
-) -> None:
-    """Exact-string accuracy of copy-paste over distance, memory on and off."""
-    with _plain_errors():
-        network = load_model(model)
-        reach = network.config.receptive_field
-        gaps = sorted({max(1, round(float(part) * reach)) for part in multiples.split(",")})
-        table = Table(title=f"copy-paste of {length} letters, {strings} strings per distance, reach {reach}")
-        for title in ("gap", "x reach", "exact", "95 %", "per letter", "memory off", "per letter"):
-            table.add_column(title, justify="right")
-
-        def show(cell: Cell) -> None:
-            table.add_row(
-                f"{cell.gap:,}", f"{cell.gap / reach:.2f}", f"{cell.exact:.1%}",
-                f"{100 * cell.low:.1f}-{100 * cell.high:.1f} %", f"{cell.letters:.2%}",
-                f"{cell.control:.1%}", f"{cell.control_letters:.2%}",
-            )  # fmt: skip
-
-        cells = retrieval_table(network, gaps, length, strings, seed, on_row=show)
-        out.print(table)
-        if save is not None:
-            facts = {**provenance(), "seed": seed, "length": length, "model": network.config.to_dict(),
-                     "cells": [cell.facts() for cell in cells]}  # fmt: skip
-            write_json(save / "retrieval.json", facts)
-            plot_retrieval(cells, save / "retrieval.png")
-            out.print(f"saved {save / 'retrieval.json'} and {save / 'retrieval.png'}")
 
 
 @evaluate.command("bits")
@@ -189,6 +163,7 @@ def generate_command(
             cache.save(save_state)
 
 
+evaluate.command("retrieval")(_plain_errors()(retrieval_command))
 app.command("flops")(_plain_errors()(flops_command))
 app.command("bench")(_plain_errors()(bench_command))
 

@@ -1,47 +1,43 @@
-"""Copy-paste over distance: the share of strings reproduced exactly, with memory and without.
+"""Retrieval: the share of answers that come back exactly, measured through the streaming state.
 
-The string is answered byte by byte through the streaming state, the way a user would meet the model: distance costs
-time, never memory.
+An episode is read chunk by chunk, so distance costs time, never memory. The model is fed the true answer while it is
+scored: an answer is exact when every byte of it is the model's first choice, which is when greedy generation would
+write the same.
+
+Shapes: B sequences, A answer bytes of a sequence.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from pmnet.data.copy_paste import copy_batch
+from pmnet.data.tasks import Episodes, Problem
 from pmnet.model import PMNetCache, PMNetForCausalLM
 
 CHUNK = 1024
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One row of the table.
+class Score:
+    """How well a problem is solved.
 
     Attributes:
-        gap: filler bytes between string and paste marker.
-        reach: receptive field of the attention stack.
-        strings: strings tried.
-        exact, low, high: share of strings reproduced exactly, and its 95 % Wilson interval.
-        letters: share of single letters right.
-        control: share of strings exact with the recurrence switched off (same weights).
-        control_letters: share of letters right with the recurrence switched off.
+        strings: answers tried.
+        exact, low, high: share of answers that are exact, and its 95 % Wilson interval.
+        letters: share of single bytes right.
     """
 
-    gap: int
-    reach: int
     strings: int
     exact: float
     low: float
     high: float
     letters: float
-    control: float
-    control_letters: float
 
     def facts(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -66,29 +62,51 @@ def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def copied(model: PMNetForCausalLM, prompts: Tensor, strings: Tensor) -> Tensor:
-    """Which letters come out right when the model writes greedily after its prompt.
+def answers(model: PreTrainedModel, episodes: Episodes, on_bytes: Callable[[int], None] = lambda n: None) -> Tensor:
+    """Which bytes of the answers are the model's first choice.
 
     Args:
-        model: in eval mode.
-        prompts: everything up to and including the paste marker, int64 `[B, T]`.
-        strings: what should follow, `[B, k]`.
+        model: in eval mode. A PMNet reads the episodes in chunks through its state; any other model at once.
+        episodes: what to read; all sequences have equally many answer bytes.
+        on_bytes: called with the number of bytes read since the last call.
 
     Returns:
-        bool `[B, k]`.
+        bool `[B, A]`.
     """
-    cache = PMNetCache(model.config, prompts.shape[0], model.device, model.dtype)
-    for part in prompts.split(CHUNK, dim=1):
-        logits = model(part, past_key_values=cache, logits_to_keep=1).logits
-    written = []
-    for _ in range(strings.shape[1]):
-        written.append(logits[:, -1].argmax(-1, keepdim=True))
-        logits = model(written[-1], past_key_values=cache).logits
-    return torch.cat(written, dim=1) == strings
+    right, scored = [], []
+    for predicted, ids, asked in _read(model, episodes, on_bytes):
+        right.append(predicted == ids)
+        scored.append(asked)
+    found, places = torch.cat(right, dim=1), torch.cat(scored, dim=1)
+    return found[places].view(found.shape[0], -1)
+
+
+def _read(
+    model: PreTrainedModel, episodes: Episodes, on_bytes: Callable[[int], None]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """First choices for each column, ids and whether they are answers, chunk by chunk `[B, c]`; the first choice for
+    the very first column is -1. Chunks without an answer are left out, but for what comes next."""
+    streams = isinstance(model, PMNetForCausalLM)
+    cache = None
+    chosen: Tensor | None = None
+    for ids, asked in episodes.chunks(CHUNK) if streams else [episodes.dense()]:
+        if ids.shape[1] == 0:
+            continue
+        if streams and cache is None:
+            cache = PMNetCache(model.config, ids.shape[0], model.device, model.dtype)
+        before = torch.full_like(ids[:, :1], -1) if chosen is None else chosen
+        any_asked = bool(asked.any())
+        keep = ids.shape[1] if any_asked else 1
+        logits = model(ids.to(model.device), past_key_values=cache, use_cache=streams, logits_to_keep=keep).logits
+        first = logits.argmax(-1).cpu()
+        if any_asked:
+            yield torch.cat([before, first[:, :-1]], dim=1), ids, asked
+        chosen = first[:, -1:]
+        on_bytes(ids.numel())
 
 
 @contextmanager
-def recurrence_off(model: PMNetForCausalLM) -> Any:
+def recurrence_off(model: PMNetForCausalLM) -> Iterator[None]:
     """The published ablation on a loaded model: states are single rotations, nothing accumulates."""
     before = model.config.memory_cumsum
     model.config.memory_cumsum = False
@@ -98,45 +116,31 @@ def recurrence_off(model: PMNetForCausalLM) -> Any:
         model.config.memory_cumsum = before
 
 
-def retrieval_table(
-    model: PMNetForCausalLM,
-    gaps: list[int],
-    length: int,
+def measure(
+    model: PreTrainedModel,
+    problem: Problem,
     strings: int,
     seed: int,
-    batch_size: int = 128,
-    on_row: Callable[[Cell], None] = lambda cell: None,
-) -> list[Cell]:
-    """Measure every gap with the memory on and off, on the same strings.
+    rows: int = 128,
+    on_bytes: Callable[[int], None] = lambda n: None,
+) -> Score:
+    """Score `strings` episodes of a problem.
 
     Args:
-        model: trained on copy-paste, in eval mode.
-        gaps: filler lengths.
-        length: letters of a string.
-        strings: strings per gap.
-        seed: of the strings and the filler.
-        batch_size: strings read at once.
-        on_row: called with each finished row.
+        model: in eval mode.
+        problem: what to draw.
+        strings: episodes.
+        seed: of the draw; the same episodes come for the same seed and `rows`.
+        rows: episodes read at once.
+        on_bytes: called with the number of bytes read since the last call, for a progress bar.
 
     Returns:
-        One cell per gap.
+        The score.
     """
-    reach, cells = model.config.receptive_field, []
-    for gap in gaps:
-        generator = torch.Generator().manual_seed(seed * 2**32 + gap)
-        right, control = [], []
-        for start in range(0, strings, batch_size):
-            batch = copy_batch(min(batch_size, strings - start), length, (gap, gap), 0, generator)
-            prompts = batch.input_ids[:, :-length]
-            right.append(copied(model, prompts, batch.strings))
-            with recurrence_off(model):
-                control.append(copied(model, prompts, batch.strings))
-        on, off = torch.cat(right), torch.cat(control)
-        hits = int(on.all(1).sum())
-        low, high = wilson(hits, strings)
-        cells.append(
-            Cell(gap, reach, strings, hits / strings, low, high, on.float().mean().item(),
-                 off.all(1).float().mean().item(), off.float().mean().item())
-        )  # fmt: skip
-        on_row(cells[-1])
-    return cells
+    generator, right = torch.Generator().manual_seed(seed), []
+    for start in range(0, strings, rows):
+        count = min(rows, strings - start)
+        right.append(answers(model, problem.draw(count, generator), on_bytes))
+    exact = sum(int(part.all(1).sum()) for part in right)
+    letters = sum(int(part.sum()) for part in right) / sum(part.numel() for part in right)
+    return Score(strings, exact / strings, *wilson(exact, strings), letters)

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from transformers import AddedToken, PreTrainedTokenizer
 
 VOCAB_SIZE = 384
-PAD, BOS, EOS, PASTE = 256, 257, 258, 259
+PAD, BOS, EOS, PASTE, COPY = 256, 257, 258, 259, 260
+MARKERS = {"<paste>": PASTE, "<copy>": COPY}  # of the tasks in `pmnet.data.tasks`
 PUBLISHED_IDS = {"pad_token": 0, "bos_token": 254, "eos_token": 255}
 _OWN_IDS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 
@@ -75,16 +76,14 @@ class ByteTokenizer(PreTrainedTokenizer):
             return int(token[3:5], 16)
         if token.startswith("<reserved_"):
             return int(token[10:-1])
-        return PASTE if token == "<paste>" else self._special_ids.get(token)
+        return MARKERS.get(token, self._special_ids.get(token))
 
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < VOCAB_SIZE:
             raise ValueError(f"token id {index} is outside [0, {VOCAB_SIZE})")
         if index < 256:
             return f"<0x{index:02X}>"
-        if index == PASTE:
-            return "<paste>"
-        named = {i: token for token, i in self._special_ids.items()}
+        named = {i: token for token, i in (MARKERS | self._special_ids).items()}
         return named.get(index, f"<reserved_{index}>")
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:

@@ -2,27 +2,42 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
-from pmnet.eval.retrieval import Cell
 
+def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int, path: Path) -> None:
+    """Exact answers over distance (over size, where there is one distance only), memory on and off; a PNG.
 
-def plot_retrieval(cells: list[Cell], path: Path) -> None:
-    """Exact strings over distance, memory on and off, with the attention's reach; a PNG."""
+    Args:
+        task: for the title.
+        cells: rows of `pmnet eval retrieval`.
+        reach: of the attention.
+        path: file to write.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
-    gaps = [cell.gap for cell in cells]
-    exact = [cell.exact for cell in cells]
-    errors = [[c.exact - c.low for c in cells], [c.high - c.exact for c in cells]]
-    axes.errorbar(gaps, exact, yerr=errors, marker="o", capsize=3, label="memory on")
-    axes.plot(gaps, [cell.control for cell in cells], marker="s", linestyle="--", label="memory off, same weights")
-    axes.axvline(cells[0].reach, color="grey", linestyle=":", label="reach of attention")
-    axes.set_xscale("log", base=2)
+    far = len({cell["distance"] for cell in cells}) > 1
+    x, other = ("distance", "size") if far else ("size", "distance")
+    for name in dict.fromkeys((cell["variant"], cell[other]) for cell in cells):
+        line = sorted((c for c in cells if (c["variant"], c[other]) == name), key=lambda c: c[x])
+        exact = [cell["exact"] for cell in line]
+        spread = [[c["exact"] - c["low"] for c in line], [c["high"] - c["exact"] for c in line]]
+        label = f"{name[0]}, {name[1]:g}" if far else name[0]
+        drawn = axes.errorbar([c[x] for c in line], exact, yerr=spread, marker="o", capsize=3, label=label)
+        off = [(c[x], c["control"]["exact"]) for c in line if c["control"] is not None]
+        if off:
+            colour = drawn.lines[0].get_color()
+            axes.plot(*zip(*off, strict=True), marker="s", linestyle="--", color=colour, label=f"{label}: memory off")
+    if task == "copy-paste":
+        axes.axvline(reach, color="grey", linestyle=":", label="reach of attention")
+    axes.set_xscale("symlog" if any(cell[x] == 0 for cell in cells) else "log")
     axes.set_ylim(-0.03, 1.03)
-    axes.set_xlabel("filler bytes between string and paste marker")
-    axes.set_ylabel("strings reproduced exactly")
-    axes.legend(loc="center right")
+    axes.set_xlabel("bytes of filler between string and paste marker" if task == "copy-paste" else x)
+    axes.set_ylabel("answers exactly right")
+    axes.set_title(task)
+    axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png")

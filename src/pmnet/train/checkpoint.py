@@ -14,16 +14,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-
-from pmnet.model import PMNetForCausalLM
+from transformers import PreTrainedModel
 
 
 def save_checkpoint(
     run: Path,
     step: int,
-    model: PMNetForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    schedule: dict[str, Any],
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[dict[str, Any]],
     facts: dict[str, Any],
     keep: int = 2,
 ) -> Path:
@@ -32,8 +31,8 @@ def save_checkpoint(
     Args:
         run: run folder.
         step: optimizer steps done.
-        model, optimizer: what to save.
-        schedule: JSON-able state of the learning-rate schedule.
+        model, optimizers: what to save.
+        schedules: JSON-able state of the learning-rate schedule of each optimizer.
         facts: JSON-able rest (task state, recipe).
         keep: checkpoints to keep.
 
@@ -49,11 +48,12 @@ def save_checkpoint(
     try:
         model.save_pretrained(partial)
         tensors = {"random": torch.get_rng_state()}
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{index}.{name}": value for name, value in state.items()}
+        for number, optimizer in enumerate(optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{number}.{index}.{name}": value for name, value in state.items()}
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(plain, partial / "optimizer.safetensors")
-        text = json.dumps({"step": step, "schedule": schedule} | facts, indent=1)
+        text = json.dumps({"step": step, "schedules": schedules} | facts, indent=1)
         (partial / "trainer.json").write_text(text)
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
@@ -88,12 +88,12 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 
 def load_checkpoint(
-    folder: Path, model: PMNetForCausalLM, optimizer: torch.optim.Optimizer
-) -> tuple[dict[str, Any], dict[str, Any]]:
+    folder: Path, model: PreTrainedModel, optimizers: list[torch.optim.Optimizer]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Put the saved weights, moments and random state back.
 
     Returns:
-        The state of the schedule, and the remaining facts (`step` among them).
+        The states of the schedules, and the remaining facts (`step` among them).
 
     Raises:
         ValueError: if a file is missing, damaged or another model's; nothing has been changed then.
@@ -102,7 +102,7 @@ def load_checkpoint(
         facts = json.loads((folder / "trainer.json").read_text())
         tensors = load_file(folder / "optimizer.safetensors")
         weights = load_file(folder / "model.safetensors")
-        schedule = facts.pop("schedule")
+        schedules = facts.pop("schedules")
     except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
     own = model.state_dict()
@@ -110,18 +110,24 @@ def load_checkpoint(
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"checkpoint {folder} is another model's: {name} {list(tensor.shape)} does not fit")
     random = tensors.pop("random")
-    moments: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        index, field = name.split(".", 1)
-        moments.setdefault(int(index), {})[field] = tensor
+    moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    try:
+        for name, tensor in tensors.items():
+            number, index, field = name.split(".")
+            moments[int(number)].setdefault(int(index), {})[field] = tensor
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"checkpoint {folder} is of another optimizer: {name} does not fit") from error
+    expected = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
     missing = set(own) - set(weights) - {"lm_head.weight"}
-    if missing or len(moments) not in (0, len(list(model.parameters()))):
-        raise ValueError(f"checkpoint {folder} is incomplete: {len(missing)} weights and {len(moments)} moments")
+    if missing or any(len(found) not in (0, count) for found, count in zip(moments, expected, strict=True)):
+        found = sum(map(len, moments))
+        raise ValueError(f"checkpoint {folder} is incomplete: {len(missing)} weights missing, {found} moments")
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
-    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for optimizer, state in zip(optimizers, moments, strict=True):
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(random)
-    return schedule, facts
+    return schedules, facts
 
 
 def _complete(run: Path) -> list[tuple[int, Path]]:

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
-from pmnet.model import ByteTokenizer, PMNetForCausalLM
+from pmnet.model import ByteTokenizer
 from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, starting_point
 from pmnet.train.progress import Reporter
 from pmnet.train.recipes import Recipe
@@ -31,7 +31,7 @@ class TrainingInterrupted(TrainingStopped):
     """A signal asked to stop; a checkpoint has been written."""
 
 
-def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetForCausalLM:
+def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTrainedModel:
     """Train to the end of the recipe, or until a signal.
 
     Args:
@@ -53,19 +53,20 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
-    model = PMNetForCausalLM(recipe.model).train()
-    optimizer = build_optimizer(model, recipe)
-    schedule = build_schedule(optimizer, recipe)
-    done = 0 if found is None else _restore(found, recipe, task, model, optimizer, schedule)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    model = AutoModelForCausalLM.from_config(recipe.model).train()
+    optimizers = build_optimizers(model, recipe)
+    schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]
+    done, seen = (0, 0) if found is None else _restore(found, recipe, task, model, optimizers, schedules)
+    prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
 
     def checkpoint(step: int) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            facts = {"recipe": _plain(recipe.facts()), "task": task.state()}
-            state = {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
-            save_checkpoint(run, step, model, optimizer.optimizer, state, facts)
+            facts = {"recipe": _plain(recipe.facts()), "task": task.state(), "bytes": seen}
+            states = [schedule.state_dict() for schedule in schedules]
+            plain = [{name: value for name, value in state.items() if name != "lr_lambdas"} for state in states]
+            save_checkpoint(run, step, model, optimizers, plain, facts)
 
     def anywhere(flag: bool) -> bool:
         """Whether any process raised the flag; all processes must stop after the same step."""
@@ -83,11 +84,14 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PMNetF
                 numbers = _gradients(accelerator, objective, prepared, batch, recipe.clip)
                 if not all(map(math.isfinite, numbers.values())):
                     raise TrainingStopped(f"step {step}: {numbers}; last good checkpoint: {latest_checkpoint(run)}")
-                optimizer.step()
-                optimizer.zero_grad()
-                schedule.step()
+                for optimizer, schedule in zip(prepared_optimizers, schedules, strict=True):
+                    optimizer.step()
+                    optimizer.zero_grad()
+                    schedule.step()
                 task.observe(numbers["correct"])
-                reporter.step({"step": step, **numbers, "rate": schedule.get_last_lr()[0], **task.state()})
+                seen += batch["input_ids"].numel() * accelerator.num_processes
+                row = {"step": step, **numbers, "rate": schedules[0].get_last_lr()[0], "bytes": seen}
+                reporter.step(row | task.state())
                 stop = anywhere(bool(received))
                 if stop or anywhere(time.monotonic() - saved > recipe.checkpoint_seconds):
                     checkpoint(step)
@@ -111,25 +115,26 @@ def _restore(
     found: Path,
     recipe: Recipe,
     task: Task,
-    model: PMNetForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LambdaLR,
-) -> int:
-    """Put everything back as it was in the checkpoint `found`; the number of steps done."""
-    state, facts = load_checkpoint(found, model, optimizer)
+    model: PreTrainedModel,
+    optimizers: list[torch.optim.Optimizer],
+    schedules: list[torch.optim.lr_scheduler.LambdaLR],
+) -> tuple[int, int]:
+    """Put everything back as it was in the checkpoint `found`; the numbers of steps done and of bytes seen."""
+    states, facts = load_checkpoint(found, model, optimizers)
     if facts["recipe"] != _plain(recipe.facts()):
         raise ValueError(f"{found} was trained with another recipe; resume with the same options")
-    schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-    for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-        group["lr"] = rate
+    for optimizer, schedule, state in zip(optimizers, schedules, states, strict=True):
+        schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
     task.restore(facts["task"])
-    return int(facts["step"])
+    return int(facts["step"]), int(facts["bytes"])
 
 
 def _gradients(
     accelerator: Accelerator,
-    objective: Callable[[PMNetForCausalLM, Batch], tuple[Tensor, Tensor]],
-    model: PMNetForCausalLM,
+    objective: Callable[[PreTrainedModel, Batch], tuple[Tensor, Tensor]],
+    model: PreTrainedModel,
     batch: Batch,
     clip: float,
 ) -> dict[str, float]:
@@ -141,7 +146,7 @@ def _gradients(
     return {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
 
 
-def loss_of(model: PMNetForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+def loss_of(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats and share of right predictions over the labels of `batch` (see `Task.batch`)."""
     labels = batch["labels"]
     logits = model(
@@ -156,12 +161,21 @@ def loss_of(model: PMNetForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
     return loss, (right.sum() / counted.sum()).detach()
 
 
-def build_optimizer(model: PMNetForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices and anchors only."""
-    decayed = [p for p in model.parameters() if p.dim() > 1]
+def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """AdamW, with weight decay on matrices and anchors only; with `muon`, Muon for the matrices of linear maps."""
+    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} if recipe.muon else set()
+    linear -= {model.get_output_embeddings().weight}
+    decayed = [p for p in model.parameters() if p.dim() > 1 and p not in linear]
     plain = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+    if not linear:
+        return [adamw]
+    matrices = [p for p in model.parameters() if p in linear]
+    muon = torch.optim.Muon(
+        matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )
+    return [adamw, muon]
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:

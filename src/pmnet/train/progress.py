@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-SHOWN = ("loss", "correct", "length")
+SHOWN = ("loss", "correct", "stage")
 
 
 class Reporter:

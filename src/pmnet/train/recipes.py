@@ -1,7 +1,11 @@
 """Recipes: everything that decides a training run, as typed values with names."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
 
@@ -14,8 +18,11 @@ class Recipe:
         model: configuration of the model.
         steps: optimizer steps.
         batch_size: B.
-        length: T (files only; copy-paste has its own).
-        learning_rate: peak of AdamW.
+        length: T (files only; other tasks have their own).
+        size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
+        gap: least filler between question and answer in training (copy-paste), the reach of the attention.
+        learning_rate: peak of the optimizer.
+        muon: train the matrices of linear maps with Muon instead of AdamW, at the same learning rate.
         final_rate: share of the peak left at the end.
         hold: share of the steps at the peak before a cosine decay begins (0: plain cosine with warm-up).
         warmup: steps.
@@ -28,11 +35,14 @@ class Recipe:
         checkpoint_seconds: time between checkpoints.
     """
 
-    model: PMNetConfig
+    model: PreTrainedConfig
     steps: int
     batch_size: int = 32
     length: int = 512
+    size: int = 8
+    gap: int = 15
     learning_rate: float = 5e-4
+    muon: bool = False
     final_rate: float = 0.1
     hold: float = 0.0
     warmup: int = 100
@@ -69,16 +79,28 @@ def demo_model() -> PMNetConfig:
     )
 
 
-def copy_paste_demo() -> Recipe:
-    """Copy-paste of 8 letters behind random filler, trained just beyond the attention's reach."""
-    return Recipe(
-        model=demo_model(),
-        steps=6000,
-        batch_size=32,
-        learning_rate=2e-3,
-        final_rate=0.01,
-        hold=0.2,
+def demo(size: int) -> Recipe:
+    """A synthetic task of this size on the demo model: minutes on two CPU cores."""
+    return Recipe(model=demo_model(), steps=6000, size=size, learning_rate=2e-3, muon=True, final_rate=0.01, hold=0.2)
+
+
+def paper() -> Recipe:
+    """Copy-paste at the paper's scale: 12 layers, window 128, 4 levels, reach 1,525, about 15 M parameters."""
+    model = PMNetConfig(
+        hidden_size=256,
+        intermediate_size=512,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=32,
+        memory_size=128,
+        phase_bits=7,
+        initializer_gain=0.45,
+        anchor_initializer_range=0.5,
     )
+    return Recipe(
+        model=model, steps=100_000, size=64, gap=1525, learning_rate=2e-3, muon=True, final_rate=0.01, hold=0.2,
+        precision="bf16", compile=True,
+    )  # fmt: skip
 
 
 def lm_tiny() -> Recipe:
@@ -111,5 +133,11 @@ def lm_119m() -> Recipe:
 
 
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
-COPY_PASTE = {"demo": copy_paste_demo}
-LANGUAGE_MODEL = {"tiny": lm_tiny, "30m": lm_30m, "119m": lm_119m}
+RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
+    "lm": {"tiny": lm_tiny, "30m": lm_30m, "119m": lm_119m},
+    "copy-paste": {"demo": partial(demo, 8), "paper": paper},
+    "selective-copy": {"demo": partial(demo, 16)},
+    "recall": {"demo": partial(demo, 64)},
+    "lookup": {"demo": partial(demo, 50)},
+    "needle": {"demo": partial(demo, 1024)},
+}

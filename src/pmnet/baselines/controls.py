@@ -1,0 +1,92 @@
+"""Controls for the synthetic tasks: other models with the parameters of a PMNet, to within one percent."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig
+
+from pmnet.baselines.lstm import LSTMConfig
+from pmnet.config import PMNetConfig
+
+
+def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
+    """The configuration of control `name` that has as many parameters as the PMNet `like`.
+
+    - `no-recurrence`: the same model, trained with states that are single rotations (`memory_cumsum=False`).
+    - `sliding-window`: a Transformer of the same layers, width and window, hence the same reach; a wider MLP.
+    - `llama`: full attention, twice the layers.
+    - `mamba`: the same width, as many layers as fit.
+    - `lstm`: two layers, as wide as fits.
+
+    Raises:
+        ValueError: if there is no such control, or no size of it comes within one percent.
+    """
+    if name not in CONTROLS:
+        raise ValueError(f"unknown model {name!r}; there are pmnet, {', '.join(CONTROLS)}")
+    return CONTROLS[name](like)
+
+
+def parameters(config: PreTrainedConfig) -> int:
+    """Parameters of the model that `config` describes, tied ones counted once."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
+def _no_recurrence(like: PMNetConfig) -> PreTrainedConfig:
+    other = copy.deepcopy(like)
+    other.memory_cumsum = False
+    return other
+
+
+def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrainedConfig:
+    def build(width: int) -> PreTrainedConfig:
+        values = {
+            "vocab_size": like.vocab_size, "hidden_size": like.hidden_size, "intermediate_size": width,
+            "num_hidden_layers": layers, "num_attention_heads": like.num_attention_heads,
+            "num_key_value_heads": like.num_key_value_heads, "head_dim": like.head_dim, "tie_word_embeddings": True,
+            "initializer_range": 0.45 * like.hidden_size**-0.5, "max_position_embeddings": like.max_position_embeddings,
+            "pad_token_id": like.pad_token_id, "bos_token_id": like.bos_token_id, "eos_token_id": like.eos_token_id,
+        }  # fmt: skip
+        return LlamaConfig(**values) if window is None else MistralConfig(**values, sliding_window=window)
+
+    return _fitted(build, like, 1, 8 * like.hidden_size)
+
+
+def _mamba(like: PMNetConfig) -> PreTrainedConfig:
+    def build(layers: int) -> PreTrainedConfig:
+        return MambaConfig(
+            vocab_size=like.vocab_size, hidden_size=like.hidden_size, num_hidden_layers=layers,
+            tie_word_embeddings=True, initializer_range=0.45 * like.hidden_size**-0.5,
+            pad_token_id=like.pad_token_id, bos_token_id=like.bos_token_id, eos_token_id=like.eos_token_id,
+        )  # fmt: skip
+
+    return _fitted(build, like, 1, 64)
+
+
+def _lstm(like: PMNetConfig) -> PreTrainedConfig:
+    def build(width: int) -> PreTrainedConfig:
+        return LSTMConfig(vocab_size=like.vocab_size, hidden_size=width)
+
+    return _fitted(build, like, 1, 4 * like.hidden_size)
+
+
+def _fitted(build: Callable[[int], PreTrainedConfig], like: PMNetConfig, low: int, high: int) -> PreTrainedConfig:
+    """The configuration between `build(low)` and `build(high)` whose size comes closest to that of `like`."""
+    target = parameters(like)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if parameters(build(middle)) <= target else (low, middle)
+    best = min((build(low), build(high)), key=lambda config: abs(parameters(config) - target))
+    if abs(parameters(best) - target) > 0.01 * target:
+        raise ValueError(f"no {best.model_type} has {target:,} parameters; the closest has {parameters(best):,}")
+    return best
+
+
+CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
+    "no-recurrence": _no_recurrence,
+    "sliding-window": lambda like: _transformer(like, like.num_hidden_layers, like.sliding_window),
+    "llama": lambda like: _transformer(like, 2 * like.num_hidden_layers, None),
+    "mamba": _mamba,
+    "lstm": _lstm,
+}

@@ -1,0 +1,30 @@
+"""Opening the folder of any model that can be compared."""
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pmnet.model.load import load_model
+
+OTHERS = ("mistral", "llama", "mamba", "pmnet-lstm")
+
+
+def load_any(folder: Path) -> PreTrainedModel:
+    """Load a PMNet, or a control, in eval mode on the CPU.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        ValueError: if a file is damaged, or is of no model that is known here.
+    """
+    try:
+        kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        kind = None
+    if kind not in OTHERS:
+        return load_model(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder} is not a complete {kind} model: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,85 @@
+"""`pmnet eval retrieval`."""
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from pmnet.baselines import load_any
+from pmnet.eval.suite import TASKS, controlled, grid, measure_cell
+from pmnet.report.plots import plot_retrieval
+from pmnet.report.provenance import provenance, write_json
+
+out = Console()
+
+
+def retrieval_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")],
+    task: Annotated[str, typer.Option(help=f"What is asked: {', '.join(TASKS)}.")] = "copy-paste",
+    sizes: Annotated[str, typer.Option(help="Letters, pairs or bytes, as in 8,16; by default the task's.")] = "",
+    variants: Annotated[str, typer.Option(help="Fillers, symbol widths, keys or needles; default: the task's.")] = "",
+    distances: Annotated[str, typer.Option(help="Bytes of filler, as in 8x (times the reach) or 1000000.")] = "",
+    reach: Annotated[int | None, typer.Option(min=1, help="What 1x is; by default the attention's reach.")] = None,
+    text: Annotated[Path | None, typer.Option(help="File of real text to fill with.")] = None,
+    strings: Annotated[int, typer.Option(min=1, help="Answers per cell.")] = 1000,
+    rows: Annotated[int, typer.Option(min=1, help="Answers read at once.")] = 128,
+    seed: Annotated[int, typer.Option(min=0)] = 12345,
+    control: Annotated[bool, typer.Option(help="Also with the recurrence off, up to 64 times the reach.")] = True,
+    save: Annotated[Path | None, typer.Option(help="Folder for TASK.json and TASK.png, written cell by cell.")] = None,
+) -> None:
+    """Share of answers that come back exactly: by distance, by size, memory on and off."""
+    network = load_any(model)
+    one = reach or getattr(network.config, "receptive_field", None)
+    if one is None:
+        if any(part.endswith("x") for part in (distances or ",".join(TASKS[task].distances)).split(",")):
+            raise ValueError("this model has no reach of its own: give --reach, or distances in bytes")
+        one = 1
+    cells = grid(task, one, [int(part) for part in _parts(sizes)], _parts(variants), _parts(distances), text)
+    table = Table(title=f"{task}, {strings} answers per cell, reach {one}")
+    for title in ("size", "variant", "distance", "exact", "95 %", "per byte", "memory off", "per byte"):
+        table.add_column(title, justify="right")
+    facts = provenance() | {
+        "task": task,
+        "seed": seed,
+        "rows": rows,
+        "reach": one,
+        "text": None if text is None else str(text),
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "model": network.config.to_dict(),
+    }
+    done: list[dict[str, Any]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for cell in cells:
+            episode = cell.problem.draw(1, torch.Generator().manual_seed(seed)).length
+            passes = 2 if control and controlled(network, cell) else 1
+            label = f"{cell.size} {cell.variant} {cell.distance:,g}"
+            bar = progress.add_task(label, total=episode * strings * passes)
+            advance = partial(progress.advance, bar)
+            row = measure_cell(network, cell, strings, seed, rows, control, advance)
+            done.append(row)
+            table.add_row(*_shown(row))
+            if save is not None:
+                write_json(save / f"{task}.json", facts | {"cells": done})
+    out.print(table)
+    if save is not None:
+        plot_retrieval(task, done, one, save / f"{task}.png")
+        out.print(f"saved {save / f'{task}.json'} and {save / f'{task}.png'}")
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    off = row["control"]
+    return [
+        f"{row['size']:,}", row["variant"], f"{row['distance']:,g}", f"{row['exact']:.1%}",
+        f"{100 * row['low']:.1f}-{100 * row['high']:.1f} %", f"{row['letters']:.2%}",
+        *(("", "") if off is None else (f"{off['exact']:.1%}", f"{off['letters']:.2%}")),
+    ]  # fmt: skip

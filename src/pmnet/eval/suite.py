@@ -1,0 +1,138 @@
+"""The grids of `pmnet eval retrieval`: which problems of a task are measured, and what describes each."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall, SelectiveCopy, text_of
+from pmnet.eval.retrieval import Score, measure, recurrence_off
+from pmnet.model import PMNetForCausalLM
+
+CONTROL = 64  # greatest distance, in multiples of the reach, at which the memory is also switched off
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One problem of a grid.
+
+    Attributes:
+        problem: what is drawn.
+        size: letters of a string, pairs, bytes of a text: whatever the task grows by.
+        variant: kind of filler, key or needle.
+        distance: bytes of filler (copy-paste) or depth of the needle.
+    """
+
+    problem: Problem
+    size: int
+    variant: str
+    distance: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What can be asked of a task, and what is by default.
+
+    Attributes:
+        sizes, variants, distances: defaults; distances are numbers, or multiples of the reach, as in `8x`.
+        build: one problem from size, variant, distance and filler text.
+    """
+
+    sizes: tuple[int, ...]
+    variants: tuple[str, ...]
+    distances: tuple[str, ...]
+    build: Callable[[int, str, float, Filler], Problem]
+
+
+def _copy_paste(size: int, variant: str, distance: float, text: Filler) -> Problem:
+    gap = round(distance)
+    return CopyPaste((size, size), (gap, gap), (text if variant == "text" else Filler(variant),))
+
+
+def _recall(size: int, variant: str, distance: float, text: Filler) -> Problem:
+    return Recall({4: 64, 8: 128}.get(size, max(256, 4 * size)), size, int(variant))
+
+
+TASKS = {
+    "copy-paste": Task((8,), ("random",), ("0.5x", "2x", "8x", "64x"), _copy_paste),
+    "selective-copy": Task((16, 32), ("blank",), ("0",), lambda k, variant, _, text: SelectiveCopy(k, 16 * k)),
+    "recall": Task((4, 8, 16, 32, 64, 128, 256), ("1", "2"), ("0",), _recall),
+    "lookup": Task((20, 50, 100, 200, 500, 1000), ("suffix", "prefix"), ("0",),
+                   lambda n, variant, _, text: Lookup((n, n), key=variant)),
+    "needle": Task((1024, 8192, 65536, 524288), ("number", "pair", "keys", "variables"),
+                   tuple(f"{depth / 10}" for depth in range(10)),
+                   lambda n, variant, depth, text: Needle(n, depth, variant, text)),
+}  # fmt: skip
+
+
+def grid(
+    task: str,
+    reach: int,
+    sizes: Sequence[int] = (),
+    variants: Sequence[str] = (),
+    distances: Sequence[str] = (),
+    text: Path | None = None,
+) -> list[Cell]:
+    """All problems of a task that `sizes`, `variants` and `distances` span; defaults where one is empty.
+
+    Args:
+        task: one of `TASKS`.
+        reach: positions that a multiple of a distance stands for.
+        sizes, variants, distances: as in `Task`.
+        text: file to take real text from.
+
+    Returns:
+        Cells, distances innermost. One-byte recall of more than 255 pairs is left out.
+
+    Raises:
+        ValueError: if the task, a variant or a distance means nothing.
+    """
+    if task not in TASKS:
+        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    plan, filler = TASKS[task], Filler("text", text=None if text is None else text_of(text))
+    cells = []
+    for variant in variants or plan.variants:
+        for size in sizes or plan.sizes:
+            if task == "recall" and variant == "1" and size > 255:
+                continue
+            for distance in sorted({_distance(part, reach) for part in distances or plan.distances}):
+                cells.append(Cell(plan.build(size, variant, distance, filler), size, variant, distance))
+    return cells
+
+
+def _distance(text: str, reach: int) -> float:
+    try:
+        return max(1, round(float(text[:-1]) * reach)) if text.endswith("x") else float(text)
+    except ValueError:
+        raise ValueError(f"a distance is a number, or a multiple of the reach such as 8x, not {text!r}") from None
+
+
+def measure_cell(
+    model: PreTrainedModel,
+    cell: Cell,
+    strings: int,
+    seed: int,
+    rows: int,
+    control: bool,
+    on_bytes: Callable[[int], None] = lambda n: None,
+) -> dict[str, Any]:
+    """Score one cell, for a PMNet and `control` once more with its recurrence off, on the same strings.
+
+    Returns:
+        JSON-able values: size, variant, distance, the fields of `Score`, and those of the control, or None.
+    """
+    score = measure(model, cell.problem, strings, seed, rows, on_bytes)
+    off: Score | None = None
+    if control and controlled(model, cell):
+        assert isinstance(model, PMNetForCausalLM)
+        with recurrence_off(model):
+            off = measure(model, cell.problem, strings, seed, rows, on_bytes)
+    described = {"size": cell.size, "variant": cell.variant, "distance": cell.distance}
+    return described | score.facts() | {"control": None if off is None else off.facts()}
+
+
+def controlled(model: PreTrainedModel, cell: Cell) -> bool:
+    """Whether the memory can be switched off for this cell: a PMNet, not too far."""
+    return isinstance(model, PMNetForCausalLM) and cell.distance <= CONTROL * model.config.receptive_field

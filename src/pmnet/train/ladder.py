@@ -1,0 +1,91 @@
+"""A curriculum: stages from easy to hard, climbed by accuracy; the last one is a mixture.
+
+A memory is hard to begin to use: its reads are noise until something is written, and nothing is worth writing until it
+is read. A ladder starts where the noise is least (one filler byte, one letter) and gets harder whenever the present
+stage is mostly right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pmnet.data.tasks import Problem, training_batch
+from pmnet.train.tasks import Batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """One ingredient of the last stage.
+
+    Attributes:
+        problem: what is drawn.
+        weight: how often, relative to the other parts.
+        rows: share of the batch size, for problems with longer rows.
+    """
+
+    problem: Problem
+    weight: float = 1.0
+    rows: float = 1.0
+
+
+class Ladder:
+    """A `Task` that climbs: batches come from the present stage, three times in ten from an earlier one.
+
+    Args:
+        stages: problems from easy to hard.
+        mixture: what the last stage, after `stages`, is made of.
+        batch_size: B.
+        seed: of the draw.
+        patience: batches after which a stage is left even so; a model that cannot learn it still meets the others.
+        advance: share of right labels, smoothed over about ten batches, at which the next stage begins.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Problem],
+        mixture: Sequence[Part],
+        batch_size: int,
+        seed: int,
+        patience: int,
+        advance: float = 0.75,
+    ):
+        self.stages, self.mixture = list(stages), list(mixture)
+        self.batch_size, self.seed, self.patience, self.advance = batch_size, seed, patience, advance
+        self.stage, self.smoothed, self.tried, self.current = 0, 0.0, 0, True
+
+    def batch(self, index: int) -> Batch:
+        """Batch `index` at the present stage."""
+        generator = torch.Generator().manual_seed(self.seed * 2**32 + index)
+        review = torch.rand((), generator=generator).item() < 0.3
+        earlier = int(torch.randint(0, self.stage + 1, (), generator=generator))
+        self.current = not (review and earlier < self.stage)
+        if not self.current:
+            return training_batch(self.stages[earlier].draw(self.batch_size, generator))
+        if self.stage < len(self.stages):
+            return training_batch(self.stages[self.stage].draw(self.batch_size, generator))
+        weights = torch.tensor([part.weight for part in self.mixture])
+        part = self.mixture[int(torch.multinomial(weights, 1, generator=generator))]
+        return training_batch(part.problem.draw(max(1, round(part.rows * self.batch_size)), generator))
+
+    def observe(self, correct: float) -> None:
+        """Climb when the present stage is mostly right, or was tried for long enough."""
+        if self.current:
+            self.smoothed = 0.9 * self.smoothed + 0.1 * correct
+        self.tried += 1
+        done = self.smoothed > self.advance or self.tried >= self.patience
+        if done and self.stage < len(self.stages):
+            self.stage, self.smoothed, self.tried = self.stage + 1, 0.3, 0
+
+    def state(self) -> dict[str, Any]:
+        """The present stage, its smoothed accuracy and how long it has been tried."""
+        return {name: getattr(self, name) for name in _STATE}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue at that stage."""
+        for name in _STATE:
+            setattr(self, name, state[name])
+
+
+_STATE = ("stage", "smoothed", "tried", "current")

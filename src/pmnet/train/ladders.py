@@ -1,0 +1,78 @@
+"""The ladder of each synthetic task: which stages lead to `recipe.size`, and what the last one is made of."""
+
+from collections.abc import Callable
+
+from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall, SelectiveCopy
+from pmnet.train.ladder import Ladder, Part
+from pmnet.train.recipes import Recipe
+
+
+def copy_paste(recipe: Recipe) -> Ladder:
+    """Strings of up to `recipe.size` bytes behind all kinds of filler.
+
+    Gaps are always beyond `recipe.gap`: a target that attention can see is relayed through attention, and the memory
+    is never learned. The first stages have one letter of 64 values and a single filler byte, then two, ... 32 of them;
+    then the letter is any of 256 values; then the string grows, letter by letter. At last filler may be any byte too:
+    one batch in eight has gaps from 0 up, and one in four has long gaps (in a quarter of the rows): without these, a
+    model may learn to hold a string only about as long as it was trained to.
+    """
+    size, reach = recipe.size, recipe.gap
+    alphabets = [CopyPaste((1, 1), (reach, reach + n), (Filler(least=256 - 2**n),), 64) for n in range(6)]
+    few = (Filler(least=224),)
+    letters = [CopyPaste((1, 1), (reach, reach + 6), few, values) for values in (128, 256)]
+    lengths = [CopyPaste((k, k), (reach, reach + 6), few) for k in range(2, size + 1)]
+    every = (Filler(), Filler(), Filler("constant"), Filler("text"))
+    long = reach + 4 * (2 * size + 4 + reach)
+    mixture = [
+        part
+        for shortest, weight in ((1, 0.3), (size, 0.7))
+        for part in (
+            Part(CopyPaste((shortest, size), (0, reach), every), weight / 8),
+            Part(CopyPaste((shortest, size), (reach, long), every), weight / 4, rows=1 / 4),
+            Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * 5 / 8),
+        )
+    ]
+    return _ladder(recipe, [*alphabets, *letters, *lengths], mixture)
+
+
+def selective_copy(recipe: Recipe) -> Ladder:
+    """Up to `recipe.size` letters strewn over sixteen times as many columns; MAD's vocabulary of 16."""
+    sizes = range(1, recipe.size + 1)
+    stages: list[Problem] = [SelectiveCopy(k, 16 * k) for k in sizes]
+    return _ladder(recipe, stages, [Part(SelectiveCopy(recipe.size, 16 * recipe.size))])
+
+
+def recall(recipe: Recipe) -> Ladder:
+    """Up to `recipe.size` pairs in four to sixteen times as many symbols: Zoology's training mixture, begun smaller."""
+    sizes = [2**n for n in range(recipe.size.bit_length()) if 2**n <= recipe.size]
+    stages: list[Problem] = [Recall(min(256, 16 * pairs), pairs) for pairs in sizes]
+    return _ladder(recipe, stages, [Part(problem) for problem in stages[2:]])
+
+
+def lookup(recipe: Recipe) -> Ladder:
+    """Strings of up to `recipe.size` bytes, suffix and prefix keys of three letters in turns."""
+    sizes = [4, *range(6, recipe.size + 1, 4)]
+    keys = ("prefix", "suffix")
+    stages: list[Problem] = [Lookup((4, size), key=key) for size in sizes for key in keys]
+    return _ladder(recipe, stages, [Part(Lookup((4, recipe.size), key=key)) for key in keys])
+
+
+def needle(recipe: Recipe) -> Ladder:
+    """A number at any depth of real text of up to `recipe.size` bytes."""
+    sizes = [length for length in (96, 128, 192, 256, 384, 512, 768, 1024) if length <= recipe.size]
+    stages: list[Problem] = [Needle(length) for length in sizes]
+    return _ladder(recipe, stages, [Part(Needle(sizes[-1]))])
+
+
+def _ladder(recipe: Recipe, stages: list[Problem], mixture: list[Part]) -> Ladder:
+    """All stages are left by the middle of training at the latest."""
+    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, max(1, recipe.steps // (2 * len(stages))))
+
+
+LADDERS: dict[str, Callable[[Recipe], Ladder]] = {
+    "copy-paste": copy_paste,
+    "selective-copy": selective_copy,
+    "recall": recall,
+    "lookup": lookup,
+    "needle": needle,
+}
