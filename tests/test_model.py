@@ -198,7 +198,7 @@ def test_special_tokens(tmp_path):
         ours.decode([384])
 
 
-ORDER = ["config", "ops", "memory", "model", "data", "baselines", "train", "eval", "report", "cli_bench", "cli"]
+ORDER = ["config", "ops", "memory", "model", "data", "baselines", "train", "eval", "report", "cli_bench", "cli_retrieval", "cli"]
 
 
 def test_imports_flow_one_way():

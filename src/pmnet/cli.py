@@ -71,6 +71,7 @@ def train_command(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
+    phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
@@ -91,8 +92,10 @@ def train_command(
             "seed": seed, "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
         }  # fmt: skip
         recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
+        assert isinstance(recipe.model, PMNetConfig)
+        if phase_bits is not None:
+            recipe.model.phase_bits = phase_bits
         if architecture != "pmnet":
-            assert isinstance(recipe.model, PMNetConfig)
             recipe = replace(recipe, model=control(architecture, recipe.model))
         source: Task
         if task == "lm":

@@ -41,7 +41,7 @@ def retrieval_command(
         one = 1
     cells = grid(task, one, [int(part) for part in _parts(sizes)], _parts(variants), _parts(distances), text)
     table = Table(title=f"{task}, {strings} answers per cell, reach {one}")
-    for title in ("size", "variant", "distance", "exact", "95 %", "per byte", "memory off", "per byte"):
+    for title in ("size", "variant", "distance", "exact", "95 % interval", "per byte", "memory off", "per byte"):
         table.add_column(title, justify="right")
     facts = provenance() | {
         "task": task,
@@ -80,6 +80,6 @@ def _shown(row: dict[str, Any]) -> list[str]:
     off = row["control"]
     return [
         f"{row['size']:,}", row["variant"], f"{row['distance']:,g}", f"{row['exact']:.1%}",
-        f"{100 * row['low']:.1f}-{100 * row['high']:.1f} %", f"{row['letters']:.2%}",
+        f"{100 * row['low']:.1f}-{100 * row['high']:.1f}", f"{row['letters']:.2%}",
         *(("", "") if off is None else (f"{off['exact']:.1%}", f"{off['letters']:.2%}")),
     ]  # fmt: skip

@@ -67,7 +67,7 @@ def _native_available() -> bool:
 @functools.cache
 def _triton_installed() -> bool:
     try:
-        import triton  # noqa: F401
+        from pmnet.ops.triton import operators  # noqa: F401
     except ImportError:
         return False
     return True

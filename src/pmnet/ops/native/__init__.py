@@ -49,9 +49,11 @@ _SIGNATURES = {
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None, with one log line, where there is no C++ compiler with OpenMP."""
+    """The compiled kernels; None without their sources or, with one log line, without a C++ compiler with OpenMP."""
     folder = Path(__file__).parent
     sources = sorted(folder.glob("*.cpp"))
+    if not sources:  # code exported with a model goes without them
+        return None
     compiler = os.environ.get("CXX", "c++")
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
