@@ -15,7 +15,8 @@ from transformers.utils import logging as transformers_logging
 
 from pmnet.baselines import CONTROLS, control
 from pmnet.cli_bench import bench_command, flops_command
-from pmnet.cli_retrieval import retrieval_command
+from pmnet.cli_demo import demo_command
+from pmnet.cli_retrieval import memory_command, retrieval_command
 from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.eval.bits import bits_per_byte
@@ -104,6 +105,7 @@ def train_command(
             source = ByteTask(RandomWindows(open_files(data), recipe.length, recipe.batch_size, recipe.seed))
         else:
             source = LADDERS[task](recipe)
+            recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
         starting_point(run, resume)
         if os.environ.get("RANK", "0") == "0":
             facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
@@ -167,6 +169,23 @@ def generate_command(
 
 
 evaluate.command("retrieval")(_plain_errors()(retrieval_command))
+evaluate.command("memory")(_plain_errors()(memory_command))
+app.command("demo")(_plain_errors()(demo_command))
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a model with its tokenizer; files are added to it.")],
+) -> None:
+    """Put the modelling code beside the weights: the folder then loads with trust_remote_code, without this package."""
+    from pmnet.model.remote import export_code
+
+    with _plain_errors():
+        load_model(model)
+        files = export_code(model)
+        out.print(f"{len(files)} files written to {model}")
+
+
 app.command("flops")(_plain_errors()(flops_command))
 app.command("bench")(_plain_errors()(bench_command))
 

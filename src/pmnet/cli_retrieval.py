@@ -1,4 +1,4 @@
-"""`pmnet eval retrieval`."""
+"""`pmnet eval retrieval` and `pmnet eval memory`."""
 
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.table import Table
 
 from pmnet.baselines import load_any
+from pmnet.eval.mechanism import mechanism
 from pmnet.eval.suite import TASKS, controlled, grid, measure_cell
-from pmnet.report.plots import plot_retrieval
+from pmnet.model.load import load_model
+from pmnet.report.plots import plot_memory, plot_retrieval
 from pmnet.report.provenance import provenance, write_json
 
 out = Console()
@@ -70,6 +72,40 @@ def retrieval_command(
     if save is not None:
         plot_retrieval(task, done, one, save / f"{task}.png")
         out.print(f"saved {save / f'{task}.json'} and {save / f'{task}.png'}")
+
+
+def memory_command(
+    model: Annotated[Path, typer.Argument(help="Folder of a PMNet trained on copy-paste.")],
+    size: Annotated[int, typer.Option(min=1, help="Letters of a string.")] = 8,
+    gap: Annotated[int | None, typer.Option(min=1, help="Filler; by default 8 times the reach.")] = None,
+    strings: Annotated[int, typer.Option(min=1)] = 500,
+    drift: Annotated[int, typer.Option(min=1, help="Bytes of filler to stream for the drift of the state.")] = 100_000,
+    seed: Annotated[int, typer.Option(min=0)] = 12345,
+    save: Annotated[Path | None, typer.Option(help="Folder for memory.json and memory.png.")] = None,
+) -> None:
+    """How copy-paste is solved: which level holds what, what letters and filler write, where they are read."""
+    network = load_model(model)
+    found = mechanism(network, size, gap or 8 * network.config.receptive_field, strings, drift, seed)
+    table = Table(title=f"the memory of {model}, strings of {size}")
+    for title in ("level", "groups visited", "|theta| letters", "filler", "turned by letters", "filler", "same group"):
+        table.add_column(title, justify="right")
+    for index, level in enumerate(found["levels"]):
+        letters, filler = level["letters"], level["filler"]
+        table.add_row(
+            str(index), f"{letters['groups_visited']} of {level['groups']}", f"{letters['mean_theta_radians']:.3f}",
+            f"{filler['mean_theta_radians']:.3f}", f"{letters['turned']:.1%}", f"{filler['turned']:.4%}",
+            f"{level['same_group']:.1%}",
+        )  # fmt: skip
+    out.print(table)
+    for index, level in enumerate(found["levels"]):
+        out.print(f"level {index}: {drift:,} bytes of filler turn {level['drift_phases']:.1%} of its phases, "
+                  f"{level['drift_rms_turns']:.2e} turns rms")  # fmt: skip
+    for name, right in found["without"].items():
+        out.print(f"without {name}: {right['exact']:.1%} exact, {right['letters']:.1%} of bytes")
+    if save is not None:
+        write_json(save / "memory.json", provenance() | {"seed": seed, "size": size, "strings": strings} | found)
+        plot_memory(found, save / "memory.png")
+        out.print(f"saved {save / 'memory.json'} and {save / 'memory.png'}")
 
 
 def _parts(text: str) -> list[str]:

@@ -39,6 +39,13 @@ class MemoryWrite(nn.Module):
         self.proj_v = Linear(config.hidden_size, size)
         self.proj_out = Linear(size, size)
 
+    def propose(self, hidden: Tensor, visit: Visit, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Which slot to turn, p `[B, T, N]`, and by how much: `theta = pi * tanh(raw)`, raw `[B, T, M]`."""
+        normed = self.norm(hidden)
+        keys = self.proj_k(geometry(visit.field, anchors, visit.groups))
+        weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)
+        return weights, self.proj_out(self.proj_v(normed))
+
     def forward(
         self, hidden: Tensor, visit: Visit, anchors: Tensor, memory: Tensor, tokens: Tokens
     ) -> tuple[Visit, Visit, Tensor]:
@@ -55,12 +62,10 @@ class MemoryWrite(nn.Module):
             This level's visit for the reads, the visit to hand to the next level's write, and the memory after
             the last position.
         """
-        normed = self.norm(hidden)
-        keys = self.proj_k(geometry(visit.field, anchors, visit.groups))
-        weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)
+        weights, raw = self.propose(hidden, visit, anchors)
         angle, memory = phase_write(
             weights,
-            self.proj_out(self.proj_v(normed)),
+            raw,
             visit.groups,
             memory,
             tokens.documents,

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 
 def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int, path: Path) -> None:
     """Exact answers over distance (over size, where there is one distance only), memory on and off; a PNG.
@@ -14,8 +16,6 @@ def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int, path: Pat
         reach: of the attention.
         path: file to write.
     """
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.subplots()
     far = len({cell["distance"] for cell in cells}) > 1
@@ -39,6 +39,32 @@ def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int, path: Pat
     axes.set_title(task)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def plot_memory(found: dict[str, Any], path: Path) -> None:
+    """What letters and filler turn on each level, where letters are read, and what breaks without a level; a PNG."""
+    figure = Figure(figsize=(10, 3.4), dpi=120, layout="constrained")
+    turned, same, without = figure.subplots(1, 3)
+    levels, places = found["levels"], list(range(len(found["levels"])))
+    for shift, who in ((-0.2, "letters"), (0.2, "filler")):
+        heights = [level[who]["turned"] for level in levels]
+        turned.bar([place + shift for place in places], heights, width=0.4, label=who)
+    turned.set_title("rotations that are not zero")
+    turned.legend(fontsize="small")
+    same.bar(places, [level["same_group"] for level in levels])
+    same.set_title("letters read in the group\nthey were written to")
+    for axes in (turned, same):
+        axes.set_xticks(places, [f"level {place}" for place in places])
+        axes.set_ylim(0, 1.03)
+    names = list(found["without"])
+    without.barh(names[::-1], [found["without"][name]["letters"] for name in names[::-1]])
+    without.set_title("bytes right without")
+    without.set_xlim(0, 1.03)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png")
     os.replace(partial, path)

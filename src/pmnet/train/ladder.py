@@ -38,7 +38,8 @@ class Ladder:
         mixture: what the last stage, after `stages`, is made of.
         batch_size: B.
         seed: of the draw.
-        patience: batches after which a stage is left even so; a model that cannot learn it still meets the others.
+        limit: batches after which all stages are left even so, each after its equal part of them: a model that cannot
+            learn one still meets the others, one that is quick with the first has more time for the last.
         advance: share of right labels, smoothed over about ten batches, at which the next stage begins.
     """
 
@@ -48,12 +49,12 @@ class Ladder:
         mixture: Sequence[Part],
         batch_size: int,
         seed: int,
-        patience: int,
+        limit: int,
         advance: float = 0.75,
     ):
         self.stages, self.mixture = list(stages), list(mixture)
-        self.batch_size, self.seed, self.patience, self.advance = batch_size, seed, patience, advance
-        self.stage, self.smoothed, self.tried, self.current = 0, 0.0, 0, True
+        self.batch_size, self.seed, self.limit, self.advance = batch_size, seed, limit, advance
+        self.stage, self.smoothed, self.done, self.current = 0, 0.0, 0, True
 
     def batch(self, index: int) -> Batch:
         """Batch `index` at the present stage."""
@@ -70,16 +71,16 @@ class Ladder:
         return training_batch(part.problem.draw(max(1, round(part.rows * self.batch_size)), generator))
 
     def observe(self, correct: float) -> None:
-        """Climb when the present stage is mostly right, or was tried for long enough."""
+        """Climb when the present stage is mostly right, or its time is up."""
         if self.current:
             self.smoothed = 0.9 * self.smoothed + 0.1 * correct
-        self.tried += 1
-        done = self.smoothed > self.advance or self.tried >= self.patience
-        if done and self.stage < len(self.stages):
-            self.stage, self.smoothed, self.tried = self.stage + 1, 0.3, 0
+        self.done += 1
+        late = self.done * len(self.stages) >= self.limit * (self.stage + 1)
+        if self.stage < len(self.stages) and (late or self.smoothed > self.advance):
+            self.stage, self.smoothed = self.stage + 1, 0.3
 
     def state(self) -> dict[str, Any]:
-        """The present stage, its smoothed accuracy and how long it has been tried."""
+        """The present stage, its smoothed accuracy and the batches seen."""
         return {name: getattr(self, name) for name in _STATE}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -88,4 +89,4 @@ class Ladder:
             setattr(self, name, state[name])
 
 
-_STATE = ("stage", "smoothed", "tried", "current")
+_STATE = ("stage", "smoothed", "done", "current")

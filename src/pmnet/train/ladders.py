@@ -66,7 +66,7 @@ def needle(recipe: Recipe) -> Ladder:
 
 def _ladder(recipe: Recipe, stages: list[Problem], mixture: list[Part]) -> Ladder:
     """All stages are left by the middle of training at the latest."""
-    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, max(1, recipe.steps // (2 * len(stages))))
+    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2)
 
 
 LADDERS: dict[str, Callable[[Recipe], Ladder]] = {

@@ -1,0 +1,160 @@
+"""How a model solves copy-paste: where it writes and reads, how much it turns, what breaks when a level is taken away.
+
+Shapes: B sequences, T columns, k letters, N slots, M phases, R read heads.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pmnet.data.tasks import CopyPaste, Episodes, Filler
+from pmnet.data.tasks.copy_paste import asked
+from pmnet.eval.retrieval import CHUNK
+from pmnet.memory import MemoryRead, MemoryWrite
+from pmnet.model import PMNetCache, PMNetForCausalLM
+from pmnet.ops import address, to_angle, to_turns
+
+
+@torch.no_grad()
+def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drift: int, seed: int) -> dict[str, Any]:
+    """Everything this module measures, as JSON-able values.
+
+    Args:
+        model: a PMNet trained on copy-paste, in eval mode.
+        length: k.
+        gap: random filler between string and paste marker.
+        strings: episodes.
+        drift: bytes of filler to stream for the drift of the state.
+        seed: of the episodes.
+
+    Returns:
+        `levels`: per level, occupancy, rotations, agreement and drift; `without`: shares of exact strings and of right
+        bytes with nothing taken away, with the state of one level set to zero before PASTE, and with its anchors zero.
+    """
+    problem = CopyPaste((length, length), (gap, gap))
+    episodes = problem.draw(strings, torch.Generator().manual_seed(seed))
+    traces = _traces(model, episodes.dense()[0][:, :-1])
+    string = slice(1, length + 1)  # COPY is column 0
+    paste = length + 2 + gap
+    answer = slice(paste, paste + length)  # letter j is written one column before it stands
+    filler = slice(length + 2 + model.config.receptive_field, paste)
+    drifts = _drift(model, drift, seed)
+    levels = []
+    for level, (write, reads) in enumerate(traces):
+        levels.append(
+            {
+                "groups": model.config.groups_of(level),
+                "letters": _rotations(write, string),
+                "filler": _rotations(write, filler),
+                "same_group": _share(write["group"][:, string] == write["group"][:, answer]),
+                "same_slot": [
+                    _share(write["slot"][:, string].unsqueeze(2) == read[:, answer]) for read in reads
+                ],
+                **drifts[level],
+            }
+        )  # fmt: skip
+    names = ["nothing", *(f"{what} {level}" for level in range(len(traces)) for what in ("state", "anchors"))]
+    return {"levels": levels, "without": {name: _without(model, episodes, length, name) for name in names}}
+
+
+def _traces(model: PMNetForCausalLM, ids: Tensor) -> list[tuple[dict[str, Tensor], list[Tensor]]]:
+    """What each level does with each column.
+
+    Of its write: group and slot `[B, T]`, mean |theta| in radians and share of rotations that are not zero, `[B, T]`.
+    Of each of its reads: the slot that a head looks at most, `[B, T, R]`.
+    """
+    writes: list[dict[str, Tensor]] = []
+    reads: list[list[Tensor]] = []
+    bits = model.config.phase_bits
+
+    def wrote(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        assert isinstance(module, MemoryWrite)
+        hidden, visit, anchors = inputs[:3]
+        weights, raw = module.propose(hidden, visit, anchors)
+        theta = to_angle(raw)
+        turns = to_turns(weights.unsqueeze(-1) * theta.unsqueeze(2), bits)
+        writes.append({"group": visit.groups, "slot": weights.argmax(2), "theta": theta.abs().mean(2),
+                       "turned": (turns != 0).float().mean((2, 3))})  # fmt: skip
+        reads.append([])
+
+    def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        assert isinstance(module, MemoryRead)
+        hidden, geometry = inputs
+        query = module.proj_q(module.norm(hidden)).unflatten(-1, (module.heads, module.size))
+        weight, bias = (tensor.chunk(2)[0] for tensor in (module.proj_kv.weight, module.proj_kv.bias))
+        keys = nn.functional.linear(geometry, weight, bias).unflatten(-1, (module.heads, module.size))
+        reads[-1].append(address(query, keys).argmax(2))
+
+    hooks = [
+        module.register_forward_hook(wrote if isinstance(module, MemoryWrite) else read)
+        for module in model.modules()
+        if isinstance(module, MemoryWrite | MemoryRead)
+    ]
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return list(zip(writes, reads, strict=True))
+
+
+def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:
+    """Where these columns go on a level and how much they turn there."""
+    group = write["group"][:, columns].flatten()
+    share = torch.bincount(group).float() / len(group)
+    present = share[share > 0]
+    return {
+        "groups_visited": len(present),
+        "groups_effective": float(torch.exp(-(present * present.log()).sum())),  # exponential of the entropy
+        "mean_theta_radians": float(write["theta"][:, columns].mean()),
+        "turned": float(write["turned"][:, columns].mean()),
+        "columns_that_turn": _share(write["turned"][:, columns] > 0),
+    }
+
+
+def _drift(model: PMNetForCausalLM, count: int, seed: int, rows: int = 8) -> list[dict[str, float]]:
+    """How far `count` bytes of random filler turn the state, once attention sees only filler, per level."""
+    filling = Filler().draw(rows, count + CHUNK, torch.Generator().manual_seed(seed))
+    cache, before = PMNetCache(model.config, rows), list[Tensor]()
+    for start in range(0, count + CHUNK, CHUNK):
+        model(filling.columns(start, min(start + CHUNK, count + CHUNK))[0], past_key_values=cache, logits_to_keep=1)
+        before = before or [level.clone() for level in cache.memory]
+    turned = [(after - level).double() / 2**32 for level, after in zip(before, cache.memory, strict=True)]
+    return [
+        {"drift_bytes": count, "drift_phases": _share(turn != 0), "drift_rms_turns": float(turn.square().mean().sqrt())}
+        for turn in turned
+    ]
+
+
+def _without(model: PMNetForCausalLM, episodes: Episodes, length: int, name: str) -> dict[str, float]:
+    """Shares of exact strings and right bytes with the state or the anchors of one level set to zero."""
+    what, level = [*name.split(), "0"][:2]
+    rows = episodes.dense()[0]
+    ids, strings = rows[:, : -length - 2], rows[:, -length - 1 :]
+    with _no_anchors(model, int(level)) if what == "anchors" else nullcontext():
+        cache = PMNetCache(model.config, len(ids))
+        for part in ids.split(CHUNK, dim=1):
+            model(part, past_key_values=cache, logits_to_keep=1)
+        if what == "state":
+            cache.memory[int(level)].zero_()
+        logits = model(asked(strings[:, :-1]).columns(0, length + 1)[0], past_key_values=cache).logits
+    right = logits.argmax(-1) == strings
+    return {"exact": _share(right.all(1)), "letters": _share(right)}
+
+
+@contextmanager
+def _no_anchors(model: PMNetForCausalLM, level: int) -> Iterator[None]:
+    anchors = model.model.memory_embeddings[level]
+    before = anchors.detach().clone()
+    anchors.zero_()
+    try:
+        yield
+    finally:
+        anchors.copy_(before)
+
+
+def _share(mask: Tensor) -> float:
+    return float(mask.float().mean())
