@@ -11,8 +11,9 @@ RUN ?= runs/demo
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Trains copy-paste from scratch, then measures it over distance with the memory on and off.
+# Carries a string across filler with the model in the box; then trains a small one from scratch and measures it.
 demo: .venv/installed
+	$(BIN)/pmnet demo models/copy-paste
 	@test ! -e $(RUN) || mv $(RUN) $(RUN)-$$(date +%Y%m%d-%H%M%S)
 	$(BIN)/pmnet train copy-paste --preset demo --out $(RUN)
 	$(BIN)/pmnet eval retrieval $(RUN)/model --save $(RUN)

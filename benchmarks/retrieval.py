@@ -1,0 +1,152 @@
+"""The tables of `results/retrieval/README.md`, made of the JSON files beside it: `python -m benchmarks.retrieval`."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parent.parent / "results" / "retrieval"
+Json = dict[str, Any]
+
+
+def main() -> None:
+    """Write the page."""
+    (ROOT / "README.md").write_text(page(ROOT))
+
+
+def page(root: Path) -> str:
+    """The page for the results below `root`."""
+    parts = [
+        "# Retrieval",
+        "Made by `python -m benchmarks.retrieval` from the files beside this page; every one names its command, seed, "
+        "commit, versions and machine. Shares of answers that are exact; tasks are defined in "
+        "[docs/tasks.md](../../docs/tasks.md).",
+        *_section("The model in the box", _cells(root.glob("box/*/copy-paste.json"))),
+        *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
+        *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
+        *_runs("Grid of rotations", sorted(root.glob("phase-bits/*"), key=lambda p: int(p.name)), "phase_bits"),
+        *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*/*.json"))),
+        *_memory("How it does it", sorted(root.glob("*/**/memory.json"))),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _cells(paths: Any) -> list[Json]:
+    return [cell | {"reach": stored["reach"]} for path in sorted(paths) for stored in [_load(path)]
+            for cell in stored["cells"]]  # fmt: skip
+
+
+def _section(title: str, cells: list[Json]) -> list[str]:
+    if not cells:
+        return []
+    order = sorted(cells, key=lambda c: (c["variant"], c["size"], c["distance"]))
+    rows = [
+        [c["variant"], str(c["size"]), f"{c['distance']:,}", f"{c['distance'] / c['reach']:,.1f}", f"{c['strings']:,}",
+         _percent(c["exact"]), f"{_percent(c['low'])} to {_percent(c['high'])}", f"{100 * c['letters']:.3f} %",
+         "" if c["control"] is None else _percent(c["control"]["exact"])]
+        for c in order
+    ]  # fmt: skip
+    heads = ["filler", "letters", "distance", "x reach", "strings", "exact", "95 %", "bytes right", "memory off: exact"]
+    return [f"## {title}", _table(heads, rows)]
+
+
+def _seeds(title: str, folders: list[Path]) -> list[str]:
+    """Medians and ranges over seeds, per distance."""
+    found = [_load(folder / "copy-paste.json") for folder in folders if (folder / "copy-paste.json").exists()]
+    if not found:
+        return []
+    rows = []
+    for cells in zip(*(stored["cells"] for stored in found), strict=True):
+        exact, off = [cell["exact"] for cell in cells], [c["control"]["letters"] for c in cells if c["control"]]
+        first, reach = cells[0], found[0]["reach"]
+        rows.append(
+            [first["variant"], str(first["size"]), f"{first['distance']:,}", f"{first['distance'] / reach:,.2f}",
+             _percent(median(exact)), f"{_percent(min(exact))} to {_percent(max(exact))}",
+             _percent(median(off)) if off else ""]
+        )  # fmt: skip
+    heads = ["filler", "letters", "distance", "x reach", "exact: median", "range", "memory off: bytes right"]
+    return [
+        f"## {title}",
+        f"{len(found)} seeds, {found[0]['cells'][0]['strings']:,} strings each.",
+        _table(heads, rows),
+    ]
+
+
+def _runs(title: str, folders: list[Path], head: str) -> list[str]:
+    """One row per run: what it saw, how long it took, exact strings by distance."""
+    rows, distances = [], []
+    for folder in folders:
+        if not (folder / "copy-paste.json").exists():
+            continue
+        stored, last = _load(folder / "copy-paste.json"), _last(folder)
+        distances = [f"{cell['distance']:,}" for cell in stored["cells"]]
+        rows.append([folder.name, f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB", f"{last['step']:,}",
+                     f"{last['seconds']:.0f} s", *(_percent(cell["exact"]) for cell in stored["cells"])])  # fmt: skip
+    heads = [head, "parameters", "bytes seen", "steps", "training", *(f"exact at {d}" for d in distances)]
+    return [f"## {title}", _table(heads, rows)] if rows else []
+
+
+def _tasks(title: str, paths: list[Path]) -> list[str]:
+    rows = []
+    for path in paths:
+        stored, last = _load(path), _last(path.parent)
+        for c in stored["cells"]:
+            rows.append([stored["task"], c["variant"], f"{c['size']:,}", f"{c['distance']:g}", f"{c['strings']:,}",
+                         _percent(c["exact"]), _percent(c["letters"]),
+                         "" if c["control"] is None else _percent(c["control"]["letters"]),
+                         f"{last['bytes'] / 1e6:.1f} MB"])  # fmt: skip
+    heads = [
+        "task",
+        "variant",
+        "size",
+        "depth",
+        "answers",
+        "exact",
+        "bytes right",
+        "memory off: bytes right",
+        "bytes seen",
+    ]
+    return [f"## {title}", _table(heads, rows)] if rows else []
+
+
+def _memory(title: str, paths: list[Path]) -> list[str]:
+    parts = []
+    for path in paths:
+        stored = _load(path)
+        rows = [
+            [str(index), f"{level['letters']['groups_visited']} of {level['groups']}",
+             f"{level['letters']['mean_theta_radians']:.2f}", f"{level['filler']['mean_theta_radians']:.2f}",
+             _percent(level["letters"]["turned"]), _percent(level["filler"]["turned"]), _percent(level["same_group"]),
+             " / ".join(_percent(share) for share in level["same_slot"]),
+             f"{_percent(level['drift_phases'])} by {level['drift_bytes']:,} bytes"]
+            for index, level in enumerate(stored["levels"])
+        ]  # fmt: skip
+        heads = ["level", "groups visited", "|theta| letters (rad)", "filler (rad)", "turned by a letter",
+                 "by a filler byte", "same group", "same slot", "phases that filler turned"]  # fmt: skip
+        without = [[name, *map(_percent, right.values())] for name, right in stored["without"].items()]
+        parts.append(f"### {path.parent.name}, strings of {stored['size']}")
+        parts += [_table(heads, rows), _table(["set to zero", "exact", "bytes right"], without)]
+    return [f"## {title}", *parts] if parts else []
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---:"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
+
+
+def _load(path: Path) -> Json:
+    loaded: Json = json.loads(path.read_text())
+    return loaded
+
+
+def _last(folder: Path) -> Json:
+    loaded: Json = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return loaded
+
+
+if __name__ == "__main__":
+    main()
