@@ -50,7 +50,7 @@ class Ladder:
         batch_size: int,
         seed: int,
         limit: int,
-        advance: float = 0.75,
+        advance: float = 0.95,
     ):
         self.stages, self.mixture = list(stages), list(mixture)
         self.batch_size, self.seed, self.limit, self.advance = batch_size, seed, limit, advance

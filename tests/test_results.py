@@ -1,0 +1,84 @@
+"""What is stored is what is shown: pages made of results, the model in the box and its card."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pmnet
+from benchmarks import retrieval
+from pmnet.model import remote
+from pmnet.model.load import load_model
+from tests.conftest import run_cli
+
+ROOT = Path(__file__).parent.parent
+BOX = ROOT / "models" / "copy-paste"
+
+
+def test_the_retrieval_page_is_that_of_its_files():
+    assert (ROOT / "results" / "retrieval" / "README.md").read_text() == retrieval.page(ROOT / "results" / "retrieval")
+
+
+def test_every_stored_result_says_where_it_comes_from():
+    paths = list((ROOT / "results" / "retrieval").rglob("*.json"))
+    assert len(paths) > 5
+    for path in paths:
+        stored = json.loads(path.read_text())
+        assert {"command", "date", "commit", "versions", "machine"} <= set(stored), path
+        assert re.fullmatch("[0-9a-f]{40}", stored["commit"]), path
+
+
+def test_the_box_is_small_complete_and_carries_the_present_code():
+    files = {path.name: path for path in BOX.iterdir()}
+    assert sum(path.stat().st_size for path in files.values()) < 16 * 2**20
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
+    code = {f"{module.replace('.', '_')}.py": remote._code(module) for module in remote._needed()}
+    assert code == {name: path.read_text() for name, path in files.items() if name.endswith(".py")}, (
+        "run `pmnet export models/copy-paste`"
+    )
+
+
+def recalled(model, text: bytes, filler: torch.Tensor) -> bytes:
+    ids = torch.cat([torch.tensor([260, *text, 258]), filler, torch.tensor([259])]).unsqueeze(0)
+    with torch.no_grad():
+        written = model.generate(ids, max_new_tokens=len(text) + 1, do_sample=False, eos_token_id=258)
+    return bytes(i for i in written[0, ids.shape[1] :].tolist() if i < 256)
+
+
+@pytest.mark.parametrize("text", [b"phasor", b"\x00\xff\x80", b"to be or not"], ids=repr)
+def test_the_box_remembers(text):
+    filler = torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(1))
+    model = AutoModelForCausalLM.from_pretrained(BOX).eval()
+    assert recalled(model, text, filler) == text
+    with pmnet.use_backend("torch"):
+        assert recalled(model, text, filler) == text
+    model.config.memory_cumsum = False
+    assert recalled(model, text, filler) != text
+
+
+def test_the_demo_command_shows_it():
+    code, printed = run_cli(["demo", str(BOX), "--seconds", "0", "--least", "4000", "--string", "phasors"])
+    assert code == 0
+    assert re.search(r"memory on: 'phasors'\s+exact", printed)
+    assert re.search(r"memory off: .*wrong", printed, re.S)
+
+
+def test_the_card_and_the_readme_quote_the_stored_figures():
+    cells = [
+        cell
+        for path in (ROOT / "results" / "retrieval" / "box").glob("*/copy-paste.json")
+        for cell in json.loads(path.read_text())["cells"]
+    ]
+    size = load_model(BOX).num_parameters()
+    for text in ((BOX / "README.md").read_text(), (ROOT / "README.md").read_text()):
+        assert f"{size:,}" in text
+        rows = re.findall(r"^\| (random|constant|text) \| (\d+) \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) % \|", text, re.M)
+        assert len(rows) >= 4
+        for variant, letters, distance, strings, exact in rows:
+            wanted = (variant, int(letters), int(distance.replace(",", "")), int(strings.replace(",", "")))
+            found = [c for c in cells if (c["variant"], c["size"], c["distance"], c["strings"]) == wanted]
+            assert len(found) == 1, wanted
+            assert f"{100 * found[0]['exact']:.2f}" == exact, wanted
