@@ -91,7 +91,7 @@ def demo(size: int) -> Recipe:
 def box() -> Recipe:
     """The copy-paste model that comes with the project: strings of up to 16 bytes, about an hour on one CPU core."""
     model = demo_model()
-    model.sliding_window, model.num_memory, model.num_memory_read_heads = 16, 16, 2
+    model.sliding_window = 16
     return replace(demo(16), model=model, steps=12_000, gap=model.receptive_field, hold=0.5)
 
 
