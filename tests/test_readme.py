@@ -12,6 +12,7 @@ from pmnet.train.recipes import RECIPES, lm_30m, lm_tiny
 from tests.conftest import run_cli, small_model
 
 ROOT = Path(__file__).parent.parent
+DEMO = 190_464
 README = (ROOT / "README.md").read_text()
 
 
@@ -28,7 +29,7 @@ def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
 
 def test_every_command_exists():
     commands = re.findall(r"^\.venv/bin/pmnet ((?:train|eval \w+|generate))", README, re.M)
-    assert {"train", "eval bits", "generate"} <= set(commands)
+    assert {"train", "eval bits", "eval retrieval", "generate"} <= set(commands)
     for command in commands:
         assert run_cli([*command.split(), "--help"])[0] == 0
     makefile = (ROOT / "Makefile").read_text()
@@ -37,24 +38,28 @@ def test_every_command_exists():
 
 
 def test_sizes_are_those_of_the_recipes():
-    for recipe, size in ((RECIPES["copy-paste"]["demo"], 188_800), (lm_tiny, 1_158_656), (lm_30m, 29_983_744)):
+    tasks = RECIPES["copy-paste"]
+    sizes = ((tasks["demo"], DEMO), (tasks["paper"], 14_791_168), (lm_tiny, 1_158_656), (lm_30m, 29_983_744))
+    for recipe, size in sizes:
         with torch.device("meta"):
             model = pmnet.PMNetForCausalLM(recipe().model)
         assert sum(p.numel() for p in model.parameters()) == size
-    for figure in ("188,800", "1.16 million", "29,983,744"):
+    assert tasks["paper"]().model.receptive_field == tasks["paper"]().gap == 1525
+    for figure in (f"{DEMO:,}", "14.8 M", "1.16 million", "29,983,744"):
         assert figure in README
 
 
 def test_the_table_of_the_demo_is_stored():
-    stored = [json.loads(path.read_text())["cells"] for path in sorted(ROOT.glob("results/demo/seed-*/retrieval.json"))]
+    paths = sorted(ROOT.glob("results/retrieval/demo/seed-*/copy-paste.json"))
+    stored = [json.loads(path.read_text())["cells"] for path in paths]
     assert len(stored) >= 3
     rows = re.findall(r"^\| ([\d,]+) \| [\d.]+ \| ([\d.]+) % \(([\d.]+)-([\d.]+)\) \| ([\d.]+) % \|", README, re.M)
     assert len(rows) == len(stored[0])
     for column, (gap, *figures) in enumerate(rows):
         cells = [cells[column] for cells in stored]
         exact = sorted(cell["exact"] for cell in cells)
-        control = sorted(cell["control_letters"] for cell in cells)
-        assert {cell["gap"] for cell in cells} == {int(gap.replace(",", ""))}
+        control = sorted(cell["control"]["letters"] for cell in cells)
+        assert {cell["distance"] for cell in cells} == {int(gap.replace(",", ""))}
         expected = [exact[len(exact) // 2], exact[0], exact[-1], control[len(control) // 2]]
         assert [f"{100 * x:.1f}" for x in expected] == figures
 
@@ -83,11 +88,3 @@ def test_the_cost_of_int8_is_stored():
         stored = json.loads((ROOT / "results" / "int8" / f"{name}.json").read_text())
         assert f"{stored['bits_per_byte']:.4f}" in README
         assert stored["int8"] == (name == "int8")
-
-
-def test_the_run_with_the_kernels_is_stored():
-    folder = ROOT / "results" / "demo-native" / "seed-0"
-    exact = [cell["exact"] for cell in json.loads((folder / "retrieval.json").read_text())["cells"]]
-    assert f"{100 * min(exact):.1f} to {100 * max(exact):.1f} % at every gap" in README
-    seconds = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    assert f"{seconds:.0f} s of training" in README

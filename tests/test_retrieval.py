@@ -42,7 +42,7 @@ def test_scores_count_bytes_and_strings():
     assert (right.exact, right.letters, right.strings) == (1.0, 1.0, 6)
     one = measure(Oracle(16, wrong=[17]), problem, strings=6, seed=0, rows=4)
     assert one.exact == 0.0
-    assert one.letters == pytest.approx(4 / 5)
+    assert one.letters == pytest.approx(3 / 4)  # EOS is not counted
     assert (one.low, one.high) == wilson(0, 6)
     assert measure(Oracle(3), problem, strings=50, seed=0).letters < 0.1
 
@@ -63,7 +63,9 @@ def test_streamed_scores_are_those_of_one_pass_and_of_generation(problem, shape)
     with torch.no_grad():
         chosen = model(ids[:, :-1], use_cache=False).logits.argmax(-1)
     expected = (chosen == ids[:, 1:])[scored[:, 1:]].view(3, -1)
-    assert torch.equal(answers(model, episodes), expected)
+    found, asked = answers(model, episodes)
+    assert torch.equal(found, expected)
+    assert torch.equal(asked, ids[scored].view(3, -1))
     if isinstance(problem, CopyPaste):
         with torch.no_grad():
             written = model.generate(ids[:, :-4], max_new_tokens=4, do_sample=False, eos_token_id=None)[:, -4:]

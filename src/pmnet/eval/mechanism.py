@@ -142,7 +142,7 @@ def _without(model: PMNetForCausalLM, episodes: Episodes, length: int, name: str
             cache.memory[int(level)].zero_()
         logits = model(asked(strings[:, :-1]).columns(0, length + 1)[0], past_key_values=cache).logits
     right = logits.argmax(-1) == strings
-    return {"exact": _share(right.all(1)), "letters": _share(right)}
+    return {"exact": _share(right.all(1)), "letters": _share(right[:, :-1])}
 
 
 @contextmanager

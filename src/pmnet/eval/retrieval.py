@@ -30,7 +30,7 @@ class Score:
     Attributes:
         strings: answers tried.
         exact, low, high: share of answers that are exact, and its 95 % Wilson interval.
-        letters: share of single bytes right.
+        letters: share of single bytes right; EOS, which is part of some answers, is not counted.
     """
 
     strings: int
@@ -62,8 +62,10 @@ def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def answers(model: PreTrainedModel, episodes: Episodes, on_bytes: Callable[[int], None] = lambda n: None) -> Tensor:
-    """Which bytes of the answers are the model's first choice.
+def answers(
+    model: PreTrainedModel, episodes: Episodes, on_bytes: Callable[[int], None] = lambda n: None
+) -> tuple[Tensor, Tensor]:
+    """Which ids of the answers are the model's first choice.
 
     Args:
         model: in eval mode. A PMNet reads the episodes in chunks through its state; any other model at once.
@@ -71,14 +73,16 @@ def answers(model: PreTrainedModel, episodes: Episodes, on_bytes: Callable[[int]
         on_bytes: called with the number of bytes read since the last call.
 
     Returns:
-        bool `[B, A]`.
+        Whether each is, bool `[B, A]`, and the ids, `[B, A]`.
     """
-    right, scored = [], []
+    right, wanted, scored = [], [], []
     for predicted, ids, asked in _read(model, episodes, on_bytes):
         right.append(predicted == ids)
+        wanted.append(ids)
         scored.append(asked)
-    found, places = torch.cat(right, dim=1), torch.cat(scored, dim=1)
-    return found[places].view(found.shape[0], -1)
+    places = torch.cat(scored, dim=1)
+    found, ids = (torch.cat(parts, dim=1)[places].view(len(places), -1) for parts in (right, wanted))
+    return found, ids
 
 
 def _read(
@@ -137,10 +141,11 @@ def measure(
     Returns:
         The score.
     """
-    generator, right = torch.Generator().manual_seed(seed), []
+    generator, exact, right, letters = torch.Generator().manual_seed(seed), 0, 0, 0
     for start in range(0, strings, rows):
         count = min(rows, strings - start)
-        right.append(answers(model, problem.draw(count, generator), on_bytes))
-    exact = sum(int(part.all(1).sum()) for part in right)
-    letters = sum(int(part.sum()) for part in right) / sum(part.numel() for part in right)
-    return Score(strings, exact / strings, *wilson(exact, strings), letters)
+        found, ids = answers(model, problem.draw(count, generator), on_bytes)
+        exact += int(found.all(1).sum())
+        right += int(found[ids < 256].sum())
+        letters += int((ids < 256).sum())
+    return Score(strings, exact / strings, *wilson(exact, strings), right / letters)
