@@ -53,15 +53,16 @@ def test_the_table_of_the_demo_is_stored():
     paths = sorted(ROOT.glob("results/retrieval/demo/seed-*/copy-paste.json"))
     stored = [json.loads(path.read_text())["cells"] for path in paths]
     assert len(stored) >= 3
-    rows = re.findall(r"^\| ([\d,]+) \| [\d.]+ \| ([\d.]+) % \(([\d.]+)-([\d.]+)\) \| ([\d.]+) % \|", README, re.M)
+    row = r"^\| ([\d,]+) \| [\d.]+ \| ([\d.]+) % \(([\d.]+)-([\d.]+)\) \| (?:([\d.]+) %)? ?\|"
+    rows = re.findall(row, README, re.M)
     assert len(rows) == len(stored[0])
     for column, (gap, *figures) in enumerate(rows):
         cells = [cells[column] for cells in stored]
         exact = sorted(cell["exact"] for cell in cells)
-        control = sorted(cell["control"]["letters"] for cell in cells)
+        control = sorted(cell["control"]["letters"] for cell in cells if cell["control"])
         assert {cell["distance"] for cell in cells} == {int(gap.replace(",", ""))}
-        expected = [exact[len(exact) // 2], exact[0], exact[-1], control[len(control) // 2]]
-        assert [f"{100 * x:.1f}" for x in expected] == figures
+        expected = [exact[len(exact) // 2], exact[0], exact[-1], *control[len(control) // 2 :][:1]]
+        assert [f"{100 * x:.1f}" for x in expected] == [figure for figure in figures if figure]
 
 
 def test_the_table_of_speed_is_stored():

