@@ -231,7 +231,7 @@ def test_controls_have_our_size_and_train(name, tmp_path):
     plan = replace(RECIPES["copy-paste"]["demo"](), steps=2, batch_size=4)
     size = parameters(plan.model)
     plan = replace(plan, model=control(name, plan.model))
-    assert abs(parameters(plan.model) - size) < 0.01 * size
+    assert abs(parameters(plan.model) - size) < 0.02 * size
     trained = train(plan, LADDERS["copy-paste"](plan), tmp_path / name)
     loaded = load_any(tmp_path / name / "model")
     ids = torch.randint(0, 256, (2, 30))
