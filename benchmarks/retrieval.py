@@ -41,7 +41,7 @@ def _section(title: str, cells: list[Json]) -> list[str]:
         return []
     order = sorted(cells, key=lambda c: (c["variant"], c["size"], c["distance"]))
     rows = [
-        [c["variant"], str(c["size"]), f"{c['distance']:,}", f"{c['distance'] / c['reach']:,.1f}", f"{c['strings']:,}",
+        [c["variant"], str(c["size"]), f"{c['distance']:,.12g}", f"{c['distance'] / c['reach']:,.1f}", f"{c['strings']:,}",
          _percent(c["exact"]), f"{_percent(c['low'])} to {_percent(c['high'])}", f"{100 * c['letters']:.3f} %",
          "" if c["control"] is None else _percent(c["control"]["exact"])]
         for c in order
@@ -60,7 +60,7 @@ def _seeds(title: str, folders: list[Path]) -> list[str]:
         exact, off = [cell["exact"] for cell in cells], [c["control"]["letters"] for c in cells if c["control"]]
         first, reach = cells[0], found[0]["reach"]
         rows.append(
-            [first["variant"], str(first["size"]), f"{first['distance']:,}", f"{first['distance'] / reach:,.2f}",
+            [first["variant"], str(first["size"]), f"{first['distance']:,.12g}", f"{first['distance'] / reach:,.2f}",
              _percent(median(exact)), f"{_percent(min(exact))} to {_percent(max(exact))}",
              _percent(median(off)) if off else ""]
         )  # fmt: skip
@@ -79,7 +79,7 @@ def _runs(title: str, folders: list[Path], head: str) -> list[str]:
         if not (folder / "copy-paste.json").exists():
             continue
         stored, last = _load(folder / "copy-paste.json"), _last(folder)
-        distances = [f"{cell['distance']:,}" for cell in stored["cells"]]
+        distances = [f"{cell['distance']:,.12g}" for cell in stored["cells"]]
         rows.append([folder.name, f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB", f"{last['step']:,}",
                      f"{last['seconds']:.0f} s", *(_percent(cell["exact"]) for cell in stored["cells"])])  # fmt: skip
     heads = [head, "parameters", "bytes seen", "steps", "training", *(f"exact at {d}" for d in distances)]
@@ -91,7 +91,7 @@ def _tasks(title: str, paths: list[Path]) -> list[str]:
     for path in paths:
         stored, last = _load(path), _last(path.parent)
         for c in stored["cells"]:
-            rows.append([stored["task"], c["variant"], f"{c['size']:,}", f"{c['distance']:g}", f"{c['strings']:,}",
+            rows.append([stored["task"], c["variant"], f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}",
                          _percent(c["exact"]), _percent(c["letters"]),
                          "" if c["control"] is None else _percent(c["control"]["letters"]),
                          f"{last['bytes'] / 1e6:.1f} MB"])  # fmt: skip

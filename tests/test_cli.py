@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import pmnet
+from pmnet.baselines import LSTMConfig, LSTMForCausalLM
 from tests.conftest import run_cli, small_model
 
 
@@ -97,6 +98,10 @@ def test_bad_grids_are_named(model):
     fails([*start, "--variants", "snow"], "unknown filler 'snow'")
     fails([*start, "--text", "/nowhere"], "no file at /nowhere")
     fails([*start, "--sizes", "many"], "'many'")
+    folder = model.parent / "lstm"
+    LSTMForCausalLM(LSTMConfig(hidden_size=8)).save_pretrained(folder)
+    fails(["eval", "retrieval", folder], "does not have")
+    fails(["eval", "retrieval", folder, "--task", "chess"], "unknown task")
 
 
 def test_state_continues_in_another_process(model, tmp_path):

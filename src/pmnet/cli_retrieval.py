@@ -37,10 +37,6 @@ def retrieval_command(
     """Share of answers that come back exactly: by distance, by size, memory on and off."""
     network = load_any(model)
     one = reach or getattr(network.config, "receptive_field", None)
-    if one is None:
-        if any(part.endswith("x") for part in (distances or ",".join(TASKS[task].distances)).split(",")):
-            raise ValueError("this model has no reach of its own: give --reach, or distances in bytes")
-        one = 1
     cells = grid(task, one, [int(part) for part in _parts(sizes)], _parts(variants), _parts(distances), text)
     table = Table(title=f"{task}, {strings} answers per cell, reach {one}")
     for title in ("size", "variant", "distance", "exact", "95 % interval", "per byte", "memory off", "per byte"):
@@ -60,7 +56,7 @@ def retrieval_command(
         for cell in cells:
             episode = cell.problem.draw(1, torch.Generator().manual_seed(seed)).length
             passes = 2 if control and controlled(network, cell) else 1
-            label = f"{cell.size} {cell.variant} {cell.distance:,g}"
+            label = f"{cell.size} {cell.variant} {cell.distance:,.12g}"
             bar = progress.add_task(label, total=episode * strings * passes)
             advance = partial(progress.advance, bar)
             row = measure_cell(network, cell, strings, seed, rows, control, advance)
@@ -115,7 +111,7 @@ def _parts(text: str) -> list[str]:
 def _shown(row: dict[str, Any]) -> list[str]:
     off = row["control"]
     return [
-        f"{row['size']:,}", row["variant"], f"{row['distance']:,g}", f"{row['exact']:.1%}",
+        f"{row['size']:,}", row["variant"], f"{row['distance']:,.12g}", f"{row['exact']:.1%}",
         f"{100 * row['low']:.1f}-{100 * row['high']:.1f}", f"{row['letters']:.2%}",
         *(("", "") if off is None else (f"{off['exact']:.1%}", f"{off['letters']:.2%}")),
     ]  # fmt: skip

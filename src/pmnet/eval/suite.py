@@ -69,7 +69,7 @@ TASKS = {
 
 def grid(
     task: str,
-    reach: int,
+    reach: int | None,
     sizes: Sequence[int] = (),
     variants: Sequence[str] = (),
     distances: Sequence[str] = (),
@@ -79,7 +79,7 @@ def grid(
 
     Args:
         task: one of `TASKS`.
-        reach: positions that a multiple of a distance stands for.
+        reach: positions that a multiple of a distance stands for; None if the model has no reach.
         sizes, variants, distances: as in `Task`.
         text: file to take real text from.
 
@@ -102,9 +102,11 @@ def grid(
     return cells
 
 
-def _distance(text: str, reach: int) -> float:
+def _distance(text: str, reach: int | None) -> float:
+    if text.endswith("x") and reach is None:
+        raise ValueError(f"{text} is a multiple of the reach, which this model does not have: say what it is, or bytes")
     try:
-        return max(1, round(float(text[:-1]) * reach)) if text.endswith("x") else float(text)
+        return max(1, round(float(text[:-1]) * (reach or 0))) if text.endswith("x") else float(text)
     except ValueError:
         raise ValueError(f"a distance is a number, or a multiple of the reach such as 8x, not {text!r}") from None
 

@@ -7,13 +7,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 
-def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int, path: Path) -> None:
+def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int | None, path: Path) -> None:
     """Exact answers over distance (over size, where there is one distance only), memory on and off; a PNG.
 
     Args:
         task: for the title.
         cells: rows of `pmnet eval retrieval`.
-        reach: of the attention.
+        reach: of the attention, if it has one.
         path: file to write.
     """
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
@@ -30,7 +30,7 @@ def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int, path: Pat
         if off:
             colour = drawn.lines[0].get_color()
             axes.plot(*zip(*off, strict=True), marker="s", linestyle="--", color=colour, label=f"{label}: memory off")
-    if task == "copy-paste":
+    if task == "copy-paste" and reach is not None:
         axes.axvline(reach, color="grey", linestyle=":", label="reach of attention")
     axes.set_xscale("symlog" if any(cell[x] == 0 for cell in cells) else "log")
     axes.set_ylim(-0.03, 1.03)
