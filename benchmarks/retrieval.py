@@ -18,9 +18,8 @@ def page(root: Path) -> str:
     """The page for the results below `root`."""
     parts = [
         "# Retrieval",
-        "Made by `python -m benchmarks.retrieval` from the files beside this page; every one names its command, seed, "
-        "commit, versions and machine. Shares of answers that are exact; tasks are defined in "
-        "[docs/tasks.md](../../docs/tasks.md).",
+        "Made by `python -m benchmarks.retrieval` from the files beside this page, which name their command, seed,\n"
+        "commit, versions and machine. Tasks and scores are defined in [docs/tasks.md](../../docs/tasks.md).",
         *_section("The model in the box", _cells(root.glob("box/*/copy-paste.json"))),
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
         *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
@@ -41,9 +40,9 @@ def _section(title: str, cells: list[Json]) -> list[str]:
         return []
     order = sorted(cells, key=lambda c: (c["variant"], c["size"], c["distance"]))
     rows = [
-        [c["variant"], str(c["size"]), f"{c['distance']:,.12g}", f"{c['distance'] / c['reach']:,.1f}", f"{c['strings']:,}",
-         _percent(c["exact"]), f"{_percent(c['low'])} to {_percent(c['high'])}", f"{100 * c['letters']:.3f} %",
-         "" if c["control"] is None else _percent(c["control"]["exact"])]
+        [c["variant"], str(c["size"]), f"{c['distance']:,.12g}", f"{c['distance'] / c['reach']:,.1f}",
+         f"{c['strings']:,}", _percent(c["exact"]), f"{_percent(c['low'])} to {_percent(c['high'])}",
+         f"{100 * c['letters']:.3f} %", "" if c["control"] is None else _percent(c["control"]["exact"])]
         for c in order
     ]  # fmt: skip
     heads = ["filler", "letters", "distance", "x reach", "strings", "exact", "95 %", "bytes right", "memory off: exact"]
@@ -121,7 +120,7 @@ def _memory(title: str, paths: list[Path]) -> list[str]:
              f"{_percent(level['drift_phases'])} by {level['drift_bytes']:,} bytes"]
             for index, level in enumerate(stored["levels"])
         ]  # fmt: skip
-        heads = ["level", "groups visited", "|theta| letters (rad)", "filler (rad)", "turned by a letter",
+        heads = ["level", "groups visited", "mean angle, letters (rad)", "filler (rad)", "turned by a letter",
                  "by a filler byte", "same group", "same slot", "phases that filler turned"]  # fmt: skip
         without = [[name, *map(_percent, right.values())] for name, right in stored["without"].items()]
         parts.append(f"### {path.parent.name}, strings of {stored['size']}")

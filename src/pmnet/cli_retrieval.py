@@ -62,6 +62,8 @@ def retrieval_command(
             row = measure_cell(network, cell, strings, seed, rows, control, advance)
             done.append(row)
             table.add_row(*_shown(row))
+            if not progress.console.is_terminal:
+                progress.console.print("  ".join(_shown(row)), highlight=False)
             if save is not None:
                 write_json(save / f"{task}.json", facts | {"cells": done})
     out.print(table)
