@@ -52,6 +52,10 @@ def test_intervals_are_those_of_wilson():
     assert low == 0.0
     assert high == pytest.approx(0.2775, abs=1e-4)
     assert wilson(1000, 1000)[0] == pytest.approx(0.99617, abs=1e-5)
+    for trials in range(1, 2000, 7):
+        for hits in (0, 1, trials - 1, trials):
+            low, high = wilson(hits, trials)
+            assert 0.0 <= low <= hits / trials <= high <= 1.0
     assert wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
 
 

@@ -58,7 +58,7 @@ def wilson(hits: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
     share, spread = hits / trials, z * z / trials
     centre = (share + spread / 2) / (1 + spread)
     half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half))  # never by rounding past the share
 
 
 @torch.no_grad()
