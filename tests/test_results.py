@@ -82,3 +82,18 @@ def test_the_card_and_the_readme_quote_the_stored_figures():
             found = [c for c in cells if (c["variant"], c["size"], c["distance"], c["strings"]) == wanted]
             assert len(found) == 1, wanted
             assert f"{100 * found[0]['exact']:.2f}" == exact, wanted
+
+
+def test_the_controls_of_the_readme_are_stored():
+    text = (ROOT / "README.md").read_text()
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| ([\d,]+) \| ([\d.]+) MB \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|", text, re.M
+    )
+    folders = {path.name: path for path in (ROOT / "results" / "retrieval" / "controls").iterdir()}
+    assert {row[0] for row in rows} == set(folders)
+    for name, size, seen, *exact in rows:
+        stored = json.loads((folders[name] / "copy-paste.json").read_text())
+        last = json.loads((folders[name] / "metrics.jsonl").read_text().splitlines()[-1])
+        assert (f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.1f}") == (size, seen)
+        cells = {cell["distance"]: f"{100 * cell['exact']:.1f}" for cell in stored["cells"]}
+        assert [cells[30], cells[120], cells[960]] == exact

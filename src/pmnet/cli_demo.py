@@ -18,7 +18,7 @@ from pmnet.model import PMNetCache, PMNetForCausalLM
 from pmnet.model.load import load_model
 from pmnet.model.tokenizer import PASTE
 
-DEFAULT = "phasors!"
+DEFAULT = "Hello, memory!"
 out = Console()
 
 
