@@ -48,7 +48,7 @@ def recalled(model, text: bytes, filler: torch.Tensor) -> bytes:
     return bytes(i for i in written[0, ids.shape[1] :].tolist() if i < 256)
 
 
-@pytest.mark.parametrize("text", [b"phasor", b"\x00\xff\x80", b"to be or not"], ids=repr)
+@pytest.mark.parametrize("text", [b"phasor", b"\x00\xff\x80", b"to be or"], ids=repr)
 def test_the_box_remembers(text):
     filler = torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(1))
     model = AutoModelForCausalLM.from_pretrained(BOX).eval()

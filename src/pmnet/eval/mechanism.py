@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pmnet.data.tasks import CopyPaste, Episodes, Filler
 from pmnet.data.tasks.copy_paste import asked
-from pmnet.eval.retrieval import CHUNK
+from pmnet.eval.retrieval import CHUNK, columns_at_once
 from pmnet.memory import MemoryRead, MemoryWrite
 from pmnet.model import PMNetCache, PMNetForCausalLM
 from pmnet.ops import address, to_angle, to_turns
@@ -136,7 +136,7 @@ def _without(model: PMNetForCausalLM, episodes: Episodes, length: int, name: str
     ids, strings = rows[:, : -length - 2], rows[:, -length - 1 :]
     with _no_anchors(model, int(level)) if what == "anchors" else nullcontext():
         cache = PMNetCache(model.config, len(ids))
-        for part in ids.split(CHUNK, dim=1):
+        for part in ids.split(columns_at_once(len(ids)), dim=1):
             model(part, past_key_values=cache, logits_to_keep=1)
         if what == "state":
             cache.memory[int(level)].zero_()

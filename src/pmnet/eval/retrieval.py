@@ -20,7 +20,13 @@ from transformers import PreTrainedModel
 from pmnet.data.tasks import Episodes, Problem
 from pmnet.model import PMNetCache, PMNetForCausalLM
 
-CHUNK = 1024
+CHUNK = 1024  # columns of one sequence that are read at once; of many, fewer, so that a call stays in the caches
+POSITIONS = 32_768
+
+
+def columns_at_once(rows: int) -> int:
+    """Columns of `rows` sequences to read in one call; the result is the same for any."""
+    return max(1, min(CHUNK, POSITIONS // rows))
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ def _read(
     streams = isinstance(model, PMNetForCausalLM)
     cache = None
     chosen: Tensor | None = None
-    for ids, asked in episodes.chunks(CHUNK) if streams else [episodes.dense()]:
+    for ids, asked in episodes.chunks(columns_at_once(episodes.rows)) if streams else [episodes.dense()]:
         if ids.shape[1] == 0:
             continue
         if streams and cache is None:

@@ -59,6 +59,11 @@ class Episodes:
     pieces: tuple[Piece, ...]
 
     @property
+    def rows(self) -> int:
+        """B."""
+        return self.pieces[0].columns(0, 0)[0].shape[0]
+
+    @property
     def length(self) -> int:
         """T."""
         return sum(piece.length for piece in self.pieces)
