@@ -19,7 +19,7 @@ from benchmarks.table import section, write_table
 from pmnet import PMNetConfig, PMNetForCausalLM
 from pmnet.report.flops import TRAINING_FACTOR, facts
 from pmnet.report.provenance import provenance, write_json
-from pmnet.train.recipes import copy_paste_demo
+from pmnet.train.recipes import RECIPES
 
 __all__ = ["CASES", "Case", "Options", "choose", "section", "store", "write_table"]
 
@@ -88,7 +88,7 @@ def timed(entries: list[Entry], batch: int, length: int, shortest: int, limit: s
 
 def training_shape(preset: str) -> tuple[int, int]:
     """B and T of a training step: those of the demo's recipe, one sequence of 1,024 bytes for the others."""
-    return (copy_paste_demo().batch_size, 160) if preset == "demo" else (1, 1024)
+    return (RECIPES["copy-paste"]["demo"]().batch_size, 160) if preset == "demo" else (1, 1024)
 
 
 def _ids(batch: int, length: int, options: Options) -> Tensor:

@@ -97,3 +97,11 @@ def test_the_controls_of_the_readme_are_stored():
         assert (f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.1f}") == (size, seen)
         cells = {cell["distance"]: f"{100 * cell['exact']:.1f}" for cell in stored["cells"]}
         assert [cells[30], cells[120], cells[960]] == exact
+
+
+def test_the_million_bytes_of_the_readme_are_stored():
+    (cell,) = json.loads((ROOT / "results" / "retrieval" / "demo" / "million" / "copy-paste.json").read_text())["cells"]
+    hits, low = round(cell["exact"] * cell["strings"]), 100 * cell["low"]
+    quoted = f"at {cell['distance']:,.0f} bytes of random filler: {hits} of {cell['strings']} strings exact"
+    quoted += f" (95 % interval from {low:.1f} %"
+    assert quoted in " ".join((ROOT / "README.md").read_text().split())
