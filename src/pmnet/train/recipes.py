@@ -62,7 +62,7 @@ class Recipe:
 def demo_model() -> PMNetConfig:
     """Two layers, two levels of eight slots to a group, window 8: it learns copy-paste on two CPU cores in minutes.
 
-    With four slots strings grow half as fast: a root of few slots is what limits them.
+    With four slots strings grew more slowly: a root of few slots is what limits them.
     """
     return PMNetConfig(
         hidden_size=64,
