@@ -76,11 +76,11 @@ def test_resume_equals_uninterrupted(kind, text, tmp_path, monkeypatch):
     train(plan, source(), tmp_path / "whole")
     original, calls = loop.loss_of, []
 
-    def interrupted(model, batch):
+    def interrupted(model, batch, carry):
         calls.append(1)
         if len(calls) == 5:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(model, batch)
+        return original(model, batch, carry)
 
     monkeypatch.setattr(loop, "loss_of", interrupted)
     with pytest.raises(TrainingStopped, match="SIGTERM after step 5"):
@@ -98,9 +98,9 @@ def test_nan_stops_with_step_and_checkpoint(text, tmp_path, monkeypatch):
     plan = recipe(steps=6, checkpoint_seconds=0.0)
     original, calls = loop.loss_of, []
 
-    def poisoned(model, batch):
+    def poisoned(model, batch, carry):
         calls.append(1)
-        loss, correct = original(model, batch)
+        loss, correct = original(model, batch, carry)
         return (loss * float("nan") if len(calls) == 4 else loss), correct
 
     monkeypatch.setattr(loop, "loss_of", poisoned)
@@ -231,7 +231,8 @@ def test_controls_have_our_size_and_train(name, tmp_path):
     plan = replace(RECIPES["copy-paste"]["demo"](), steps=2, batch_size=4)
     size = parameters(plan.model)
     plan = replace(plan, model=control(name, plan.model))
-    assert abs(parameters(plan.model) - size) < 0.02 * size
+    wanted = size * {"mamba2-3x": 3}.get(name, 1)
+    assert abs(parameters(plan.model) - wanted) < (0.1 if name == "flat" else 0.02) * wanted
     trained = train(plan, LADDERS["copy-paste"](plan), tmp_path / name)
     loaded = load_any(tmp_path / name / "model")
     ids = torch.randint(0, 256, (2, 30))

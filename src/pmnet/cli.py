@@ -16,10 +16,12 @@ from transformers.utils import logging as transformers_logging
 from pmnet.baselines import CONTROLS, control
 from pmnet.cli_bench import bench_command, flops_command
 from pmnet.cli_demo import demo_command
+from pmnet.cli_longcontext import longcontext_command
 from pmnet.cli_retrieval import memory_command, retrieval_command
 from pmnet.config import PMNetConfig
 from pmnet.data.corpora import TIERS, prepare
 from pmnet.data.files import RandomWindows, open_files
+from pmnet.data.streams import ContiguousWindows
 from pmnet.eval.bits import bits_per_byte
 from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
@@ -27,7 +29,7 @@ from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import starting_point
 from pmnet.train.ladders import LADDERS
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped, train
-from pmnet.train.recipes import RECIPES
+from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask, Task
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
@@ -72,6 +74,8 @@ def train_command(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
+    carry: Annotated[bool | None, typer.Option(help="Read files in order, carrying the state (lm).")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Keys that attention sees, of a PMNet.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
@@ -90,20 +94,23 @@ def train_command(
         if name not in recipes:
             raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
         changes: dict[str, Any] = {
-            "steps": steps, "batch_size": batch_size, "length": length, "size": size, "learning_rate": learning_rate,
-            "seed": seed, "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
+            "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "size": size,
+            "learning_rate": learning_rate, "seed": seed, "precision": precision, "compile": compile,
+            "checkpoint_seconds": checkpoint_seconds,
         }  # fmt: skip
         recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
         assert isinstance(recipe.model, PMNetConfig)
         if phase_bits is not None:
             recipe.model.phase_bits = phase_bits
+        if window is not None:
+            recipe.model.sliding_window = window
         if architecture != "pmnet":
             recipe = replace(recipe, model=control(architecture, recipe.model))
         source: Task
         if task == "lm":
             if not data:
                 raise ValueError("training a language model needs --data FILE_OR_FOLDER")
-            source = ByteTask(RandomWindows(open_files(data), recipe.length, recipe.batch_size, recipe.seed))
+            source = _byte_task(data, recipe)
         else:
             source = LADDERS[task](recipe)
             recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
@@ -113,6 +120,12 @@ def train_command(
             write_json(run / "config.json", facts | {"recipe": recipe.facts(), "model": recipe.model.to_dict()})
         train(recipe, source, run, resume)
     out.print(f"model saved to {run / 'model'}")
+
+
+def _byte_task(data: list[Path], recipe: Recipe) -> ByteTask:
+    given = (open_files(data), recipe.length, recipe.batch_size, recipe.seed)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return ByteTask(ContiguousWindows(*given, processes) if recipe.carry else RandomWindows(*given))
 
 
 @evaluate.command("bits")
@@ -184,6 +197,7 @@ def generate_command(
 
 
 evaluate.command("retrieval")(_plain_errors()(retrieval_command))
+evaluate.command("longcontext")(_plain_errors()(longcontext_command))
 evaluate.command("memory")(_plain_errors()(memory_command))
 app.command("demo")(_plain_errors()(demo_command))
 

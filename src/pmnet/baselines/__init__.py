@@ -1,7 +1,8 @@
 """What a PMNet is compared with: the same parameters, the same bytes, another way to remember, or none."""
 
+from pmnet.baselines.carry import Carry, carries
 from pmnet.baselines.controls import CONTROLS, control
 from pmnet.baselines.load import load_any
 from pmnet.baselines.lstm import LSTMConfig, LSTMForCausalLM
 
-__all__ = ["CONTROLS", "LSTMConfig", "LSTMForCausalLM", "control", "load_any"]
+__all__ = ["CONTROLS", "Carry", "LSTMConfig", "LSTMForCausalLM", "carries", "control", "load_any"]

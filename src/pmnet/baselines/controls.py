@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, MambaConfig, MistralConfig, PreTrainedConfig
 
 from pmnet.baselines.lstm import LSTMConfig
 from pmnet.config import PMNetConfig
@@ -17,6 +17,8 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     - `sliding-window`: a Transformer of the same layers, width and window, hence the same reach; a wider MLP.
     - `llama`: full attention, twice the layers.
     - `mamba`: the same width, as many layers as fit.
+    - `mamba2`, `mamba2-3x`: twice the layers, a state as large as fits; the second with three times the parameters.
+    - `flat`: the same slots in one group, all of them read by every layer (fewer parameters: one write).
     - `lstm`: two layers, as wide as fits.
 
     Raises:
@@ -50,7 +52,7 @@ def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrain
         }  # fmt: skip
         return LlamaConfig(**values) if window is None else MistralConfig(**values, sliding_window=window)
 
-    return _fitted(build, like, 1, 8 * like.hidden_size)
+    return _fitted(build, parameters(like), 1, 8 * like.hidden_size)
 
 
 def _mamba(like: PMNetConfig) -> PreTrainedConfig:
@@ -61,19 +63,41 @@ def _mamba(like: PMNetConfig) -> PreTrainedConfig:
             pad_token_id=like.pad_token_id, bos_token_id=like.bos_token_id, eos_token_id=like.eos_token_id,
         )  # fmt: skip
 
-    return _fitted(build, like, 1, 64)
+    return _fitted(build, parameters(like), 1, 64)
+
+
+def _mamba2(like: PMNetConfig, times: int = 1) -> PreTrainedConfig:
+    """The widest model that fits with a state of 64, then the state that fills it up."""
+
+    def build(width: int, state: int) -> PreTrainedConfig:
+        return Mamba2Config(
+            vocab_size=like.vocab_size, hidden_size=width, num_hidden_layers=2 * like.num_hidden_layers,
+            head_dim=32, num_heads=width // 16, n_groups=1, state_size=state, chunk_size=32, tie_word_embeddings=True,
+            initializer_range=0.45 * width**-0.5, pad_token_id=like.pad_token_id, bos_token_id=like.bos_token_id,
+            eos_token_id=like.eos_token_id,
+        )  # fmt: skip
+
+    target = times * parameters(like)
+    width = max(w for w in range(16, 8 * like.hidden_size, 16) if parameters(build(w, 64)) <= target)
+    return _fitted(lambda state: build(width, state), target, 64, 512)
+
+
+def _flat(like: PMNetConfig) -> PreTrainedConfig:
+    other = copy.deepcopy(like)
+    other.memory_write_period = like.num_hidden_layers
+    other.num_memory = like.num_groups * like.num_memory
+    return other
 
 
 def _lstm(like: PMNetConfig) -> PreTrainedConfig:
     def build(width: int) -> PreTrainedConfig:
         return LSTMConfig(vocab_size=like.vocab_size, hidden_size=width)
 
-    return _fitted(build, like, 1, 4 * like.hidden_size)
+    return _fitted(build, parameters(like), 1, 4 * like.hidden_size)
 
 
-def _fitted(build: Callable[[int], PreTrainedConfig], like: PMNetConfig, low: int, high: int) -> PreTrainedConfig:
-    """The configuration between `build(low)` and `build(high)` whose size comes closest to that of `like`."""
-    target = parameters(like)
+def _fitted(build: Callable[[int], PreTrainedConfig], target: int, low: int, high: int) -> PreTrainedConfig:
+    """The configuration between `build(low)` and `build(high)` whose size comes closest to `target`."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if parameters(build(middle)) <= target else (low, middle)
@@ -88,5 +112,8 @@ CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "sliding-window": lambda like: _transformer(like, like.num_hidden_layers, like.sliding_window),
     "llama": lambda like: _transformer(like, 2 * like.num_hidden_layers, None),
     "mamba": _mamba,
+    "mamba2": _mamba2,
+    "mamba2-3x": lambda like: _mamba2(like, 3),
+    "flat": _flat,
     "lstm": _lstm,
 }

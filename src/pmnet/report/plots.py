@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -61,6 +62,32 @@ def plot_memory(found: dict[str, Any], path: Path) -> None:
     without.barh(names[::-1], [found["without"][name]["letters"] for name in names[::-1]])
     without.set_title("bytes right without")
     without.set_xlim(0, 1.03)
+    _save(figure, path)
+
+
+def plot_longcontext(rows: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bits per byte over position, one line per row of `pmnet eval longcontext`, the mean over books; a PNG.
+
+    The band of a line is the standard error, over books, of its difference to the first line.
+    """
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    first = next(iter(rows.values()))["bits"]
+    for name, row in rows.items():
+        means = [fmean(book[index] for book in row["bits"]) for index in range(len(row["edges"]))]
+        drawn = axes.plot(row["edges"], means, marker="o", markersize=3, label=name)
+        if len(first) > 1 and row["bits"] is not first:
+            apart = [
+                [mine[i] - base[i] for mine, base in zip(row["bits"], first, strict=True)] for i in range(len(means))
+            ]
+            errors = [stdev(differences) / len(first) ** 0.5 for differences in apart]
+            low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+            axes.fill_between(row["edges"], low, high, color=drawn[0].get_color(), alpha=0.2)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("position in the book (upper edge of the bin, bytes)")
+    axes.set_ylabel("bits per byte")
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
     _save(figure, path)
 
 

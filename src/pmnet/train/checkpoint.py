@@ -1,7 +1,8 @@
 """Checkpoints that appear complete or not at all, hold no pickles, and resume to the bit.
 
 A run folder holds `checkpoints/step-N/`: the model in Hugging Face format (`config.json`, `model.safetensors`),
-`optimizer.safetensors` (moments and random state) and `trainer.json` (step, schedule, task, recipe).
+`optimizer.safetensors` (moments and random state), `state.safetensors` (what the model remembers, if training carries
+it) and `trainer.json` (step, schedule, task, recipe).
 """
 
 import json
@@ -24,6 +25,7 @@ def save_checkpoint(
     optimizers: list[torch.optim.Optimizer],
     schedules: list[dict[str, Any]],
     facts: dict[str, Any],
+    state: dict[str, Tensor] | None = None,
     keep: int = 2,
 ) -> Path:
     """Write `checkpoints/step-N` beside the others, then delete all but the newest `keep`.
@@ -34,6 +36,7 @@ def save_checkpoint(
         model, optimizers: what to save.
         schedules: JSON-able state of the learning-rate schedule of each optimizer.
         facts: JSON-able rest (task state, recipe).
+        state: of the model, where it is carried from batch to batch.
         keep: checkpoints to keep.
 
     Returns:
@@ -49,10 +52,12 @@ def save_checkpoint(
         model.save_pretrained(partial)
         tensors = {"random": torch.get_rng_state()}
         for number, optimizer in enumerate(optimizers):
-            for index, state in optimizer.state_dict()["state"].items():
-                tensors |= {f"{number}.{index}.{name}": value for name, value in state.items()}
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(plain, partial / "optimizer.safetensors")
+            for index, moments in optimizer.state_dict()["state"].items():
+                tensors |= {f"{number}.{index}.{name}": value for name, value in moments.items()}
+        for name, found in (("optimizer", tensors), ("state", state)):
+            if found:
+                plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
+                save_file(plain, partial / f"{name}.safetensors")
         text = json.dumps({"step": step, "schedules": schedules} | facts, indent=1)
         (partial / "trainer.json").write_text(text)
         shutil.rmtree(target, ignore_errors=True)
@@ -128,6 +133,19 @@ def load_checkpoint(
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(random)
     return schedules, facts
+
+
+def load_state(folder: Path) -> dict[str, Tensor]:
+    """What the model remembered at a checkpoint; empty if it had read nothing.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
+    path = folder / "state.safetensors"
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
 
 
 def _complete(run: Path) -> list[tuple[int, Path]]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
+from pmnet.baselines import Carry, carries
 from pmnet.model import ByteTokenizer
-from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, starting_point
+from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, load_state, save_checkpoint, starting_point
 from pmnet.train.progress import Reporter
 from pmnet.train.recipes import Recipe
 from pmnet.train.tasks import Batch, Task
@@ -57,16 +58,22 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
     optimizers = build_optimizers(model, recipe)
     schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]
     done, seen = (0, 0) if found is None else _restore(found, recipe, task, model, optimizers, schedules)
+    carried = recipe.carry and carries(recipe.model)
+    carry = Carry(model.to(accelerator.device), recipe.batch_size) if carried else None
+    if carry is not None and found is not None:
+        rows = slice(accelerator.process_index * carry.rows, (accelerator.process_index + 1) * carry.rows)
+        carry.restore({name: tensor[rows].to(accelerator.device) for name, tensor in load_state(found).items()})
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
 
     def checkpoint(step: int) -> None:
         accelerator.wait_for_everyone()
+        state = {} if carry is None else {name: accelerator.gather(part) for name, part in carry.state().items()}
         if accelerator.is_main_process:
             facts = {"recipe": _plain(recipe.facts()), "task": task.state(), "bytes": seen}
             states = [schedule.state_dict() for schedule in schedules]
             plain = [{name: value for name, value in state.items() if name != "lr_lambdas"} for state in states]
-            save_checkpoint(run, step, model, optimizers, plain, facts)
+            save_checkpoint(run, step, model, optimizers, plain, facts, state)
 
     def anywhere(flag: bool) -> bool:
         """Whether any process raised the flag; all processes must stop after the same step."""
@@ -81,7 +88,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
             for step in range(done + 1, recipe.steps + 1):
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
                 batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
-                numbers = _gradients(accelerator, objective, prepared, batch, recipe.clip)
+                numbers = _gradients(accelerator, objective, prepared, batch, carry, recipe.clip)
                 if not all(map(math.isfinite, numbers.values())):
                     raise TrainingStopped(f"step {step}: {numbers}; last good checkpoint: {latest_checkpoint(run)}")
                 for optimizer, schedule in zip(prepared_optimizers, schedules, strict=True):
@@ -133,28 +140,32 @@ def _restore(
 
 def _gradients(
     accelerator: Accelerator,
-    objective: Callable[[PreTrainedModel, Batch], tuple[Tensor, Tensor]],
+    objective: Callable[[PreTrainedModel, Batch, Carry | None], tuple[Tensor, Tensor]],
     model: PreTrainedModel,
     batch: Batch,
+    carry: Carry | None,
     clip: float,
 ) -> dict[str, float]:
     """Forward and backward; gradients are left clipped on the model. Loss, share of right predictions, norm."""
     with accelerator.autocast():
-        loss, correct = objective(model, batch)
+        loss, correct = objective(model, batch, carry)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
     return {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
 
 
-def loss_of(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats and share of right predictions over the labels of `batch` (see `Task.batch`)."""
+def loss_of(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in nats and share of right predictions over the labels of `batch` (see `Task.batch`).
+
+    With a `carry` the model continues the state of the batch before.
+    """
     labels = batch["labels"]
-    logits = model(
-        batch["input_ids"],
-        attention_mask=batch.get("attention_mask"),
-        use_cache=False,
-        logits_to_keep=labels.shape[1],
-    ).logits
+    if carry is not None:
+        logits = carry.read(batch["input_ids"], batch["restart"], model)
+    else:
+        mask = batch.get("attention_mask")
+        keep = labels.shape[1]
+        logits = model(batch["input_ids"], attention_mask=mask, use_cache=False, logits_to_keep=keep).logits
     loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100)
     counted = labels != -100
     right = (logits.argmax(-1) == labels) & counted

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from pmnet.data.files import RandomWindows
+from pmnet.data.streams import ContiguousWindows
 
 Batch = dict[str, Tensor]
 
@@ -16,9 +17,10 @@ class Task(Protocol):
     """A source of batches with a small, JSON-able state."""
 
     def batch(self, index: int) -> Batch:
-        """`input_ids` `[B, T]`, optionally `attention_mask`, and `labels` `[B, S]` for the last S positions.
+        """`input_ids` `[B, T]`, and `labels` `[B, S]` for the last S positions; optionally `attention_mask`, `restart`.
 
         labels are already shifted: `labels[:, s]` is what position `T - S + s` must predict; -100 is ignored.
+        restart, bool `[B]`: the row starts from an empty state (where the state is carried from batch to batch).
         """
         ...
 
@@ -38,7 +40,7 @@ class Task(Protocol):
 class ByteTask:
     """Next-byte prediction on windows of files."""
 
-    def __init__(self, windows: RandomWindows):
+    def __init__(self, windows: RandomWindows | ContiguousWindows):
         self.windows = windows
 
     def batch(self, index: int) -> Batch:

@@ -1,0 +1,70 @@
+"""`pmnet eval longcontext`."""
+
+import re
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from pmnet.baselines import load_any
+from pmnet.data.files import open_files
+from pmnet.eval.longcontext import beyond, bits_by_position, modes_of, whole_books
+from pmnet.report.plots import plot_longcontext
+from pmnet.report.provenance import provenance, write_json
+
+out = Console()
+POINTS = (1024, 8192, 65536)
+
+
+def longcontext_command(
+    model: Annotated[Path, typer.Argument(help="Folder of any model that this package trains.")],
+    data: Annotated[list[Path], typer.Option(help="Held-out books, a file or folder; may be repeated.")],
+    length: Annotated[str, typer.Option(help="Bytes of each book, as in 65536 or 512KiB.")] = "512KiB",
+    reset: Annotated[list[str] | None, typer.Option(help="Also forget everything every so many bytes.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Folder for longcontext.json and longcontext.png.")] = None,
+) -> None:
+    """Bits per byte by position in whole books: state carried, reset, and with the recurrence off."""
+    network, files, size = load_any(model), open_files(data), bytes_of(length)
+    modes, books = modes_of(network, [bytes_of(part) for part in reset or []]), whole_books(files, size)
+    rows: list[dict[str, Any]] = []
+    facts = provenance() | {
+        "length": size,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "model": network.config.to_dict(),
+    }
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        for mode in modes:
+            bar = progress.add_task(mode.name, total=size * len(books))
+            rows.append(bits_by_position(network, files, size, mode, partial(progress.advance, bar)))
+            if save is not None:
+                write_json(save / "longcontext.json", facts | {"rows": rows})
+    points = [point for point in POINTS if point < size]
+    table = Table(title=f"{model}: bits per byte, mean of {len(books)} books of {size:,} bytes")
+    for title in ("state", "all", *(f"beyond {point:,}" for point in points), "word perplexity", "bytes/s"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        far = [f"{mean(beyond(row, point)):.4f}" for point in points]
+        perplexity, speed = f"{row['word_perplexity']:.1f}", f"{row['bytes_per_second']:,.0f}"
+        table.add_row(row["mode"], f"{row['total']:.4f}", *far, perplexity, speed)
+    out.print(table)
+    if save is not None:
+        plot_longcontext({row["mode"]: row for row in rows}, save / "longcontext.png")
+        out.print(f"saved {save / 'longcontext.json'} and {save / 'longcontext.png'}")
+
+
+def bytes_of(text: str) -> int:
+    """A number of bytes, as in 65536, 64KiB or 1MiB.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    found = re.fullmatch(r"(\d+)\s*(KiB|MiB)?", text.strip())
+    if not found or int(found[1]) == 0:
+        raise ValueError(f"a length is a number of bytes, such as 65536 or 512KiB, not {text!r}")
+    return int(found[1]) * {None: 1, "KiB": 1024, "MiB": 1024**2}[found[2]]

@@ -1,0 +1,61 @@
+"""Training windows in reading order: each row of a batch reads whole documents from beginning to end.
+
+With a state that is carried from window to window this is truncated back-propagation through time.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmnet.data.files import ByteFiles
+from pmnet.model.tokenizer import BOS
+
+
+class ContiguousWindows:
+    """Batches of consecutive windows of `length` bytes, documents in an order drawn anew for every epoch.
+
+    All windows of an epoch, document after document, are cut into as many lanes as there are rows; a row reads its
+    lane. The last window of a document is padded (label -100). Batch i is a function of the seed and i alone, so the
+    cursor of a resumed run is one number.
+
+    Args:
+        files: what to read.
+        length: T.
+        batch_size: B, rows of one process.
+        seed: of the order of documents.
+        processes: how many share the lanes; batch `i` is for process `i % processes`.
+
+    Raises:
+        ValueError: if there are fewer windows than rows.
+    """
+
+    def __init__(self, files: ByteFiles, length: int, batch_size: int, seed: int, processes: int = 1):
+        self.files, self.length, self.batch_size, self.seed, self.processes = files, length, batch_size, seed, processes
+        self.windows = np.array([-(-size // length) for size in files.sizes])
+        self.steps = int(self.windows.sum()) // (batch_size * processes)
+        if self.steps == 0:
+            raise ValueError(
+                f"{files.total:,} bytes are too few for {batch_size * processes} rows of {length} bytes; use fewer rows"
+            )
+
+    def batch(self, index: int) -> dict[str, Tensor]:
+        """`input_ids` and `labels`, int64 `[B, T]`, and `restart`, bool `[B]`: the row starts from an empty state."""
+        step, process = divmod(index, self.processes)
+        epoch, step = divmod(step, self.steps)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
+        ends = self.windows[order].cumsum()
+        ids = torch.zeros(self.batch_size, self.length, dtype=torch.int64)
+        labels = torch.full((self.batch_size, self.length), -100, dtype=torch.int64)
+        restart = torch.zeros(self.batch_size, dtype=torch.bool)
+        for row in range(self.batch_size):
+            window = (process * self.batch_size + row) * self.steps + step
+            place = int(np.searchsorted(ends, window, side="right"))
+            file = int(order[place])
+            start = int(window - (ends[place] - self.windows[file])) * self.length
+            data = self.files.read(file, max(0, start - 1), min(self.files.sizes[file], start + self.length))
+            text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
+            seen = text[:-1] if start else torch.cat([text.new_tensor([BOS]), text[:-1]])
+            ids[row, : len(seen)] = seen
+            labels[row, : len(seen)] = text[-len(seen) :]
+            restart[row] = start == 0 or step == 0
+        return {"input_ids": ids, "labels": labels, "restart": restart}

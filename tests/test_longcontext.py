@@ -1,0 +1,138 @@
+"""Bits per byte by position: every byte counted once, state handled as the row says, one sentence for bad input."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pmnet.baselines import control
+from pmnet.cli_longcontext import bytes_of
+from pmnet.data.files import open_files
+from pmnet.eval.bits import bits_per_byte
+from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, modes_of
+from pmnet.model import ByteTokenizer
+from pmnet.model.tokenizer import BOS
+from tests.conftest import run_cli, small_config, small_model
+
+LENGTH = 3000
+
+
+@pytest.fixture
+def books(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(5)
+    for name, size in (("one", LENGTH), ("two", LENGTH + 700), ("short", 900)):
+        (folder / f"{name}.txt").write_bytes(bytes(torch.randint(0, 256, (size,), generator=generator).tolist()))
+    return open_files([folder])
+
+
+def llama() -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def by_hand(model, text: bytes, period: int) -> torch.Tensor:
+    """Bits of every byte, each period read at once by itself."""
+    ids, bits = torch.tensor([[BOS, *text]]), []
+    for start in range(0, len(text), period):
+        stop = min(len(text), start + period)
+        with torch.no_grad():
+            logits = model(ids[:, start:stop], use_cache=False).logits[0]
+        bits.append(F.cross_entropy(logits.double(), ids[0, start + 1 : stop + 1], reduction="none") / math.log(2))
+    return torch.cat(bits)
+
+
+@pytest.mark.parametrize("reset", [None, 700, 1024])
+@pytest.mark.parametrize("name", ["pmnet", "llama"])
+def test_bits_are_those_of_each_byte(name, reset, books):
+    model = small_model("period") if name == "pmnet" else llama()
+    row = bits_by_position(model, books, LENGTH, Mode("row", reset))
+    assert row["books"] == ["one", "two"]
+    assert row["edges"] == [64, 128, 256, 512, 1024, 2048, LENGTH]
+    for book, bits in zip(("one", "two"), row["bits"], strict=True):
+        path = next(path for path in books.paths if path.stem == book)
+        wanted = by_hand(model, path.read_bytes()[:LENGTH], reset or LENGTH)
+        for low, high, found in zip([0, *row["edges"]], row["edges"], bits, strict=False):
+            assert found == pytest.approx(wanted[low:high].mean().item(), abs=1e-4)
+    widths = [64, 64, 128, 256, 512, 1024, LENGTH - 2048]
+    mean = sum(bits * width for book in row["bits"] for bits, width in zip(book, widths, strict=True)) / (2 * LENGTH)
+    assert row["total"] == pytest.approx(mean)
+    assert (row["state_bytes"] is None) == (name == "llama")
+
+
+def test_the_total_is_that_of_the_other_command(books):
+    model = small_model("deep")
+    row = bits_by_position(model, books, 900, Mode("carried"))
+    wanted, count = bits_per_byte(model, books, 900)
+    assert count == 2700
+    assert row["total"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_modes_follow_the_model():
+    assert [mode.name for mode in modes_of(small_model(), [30])] == ["carried", "reset every 30", "recurrence off"]
+    assert [mode.name for mode in modes_of(small_model(memory_cumsum=False), [])] == ["carried"]
+    assert [mode.name for mode in modes_of(llama(), [64])] == ["reset every 64"]
+    with pytest.raises(ValueError, match="llama has no state of constant size to carry: say --reset"):
+        modes_of(llama(), [])
+
+
+def test_recurrence_off_is_a_row_of_its_own_and_leaves_the_model_alone(books):
+    model = small_model("deep")
+    on, off = (bits_by_position(model, books, LENGTH, Mode("row", None, flag)) for flag in (True, False))
+    assert on["bits"] != off["bits"]
+    assert model.config.memory_cumsum
+
+
+def test_beyond_weighs_bins_by_their_bytes():
+    row = {"edges": [64, 128, 300], "bits": [[1.0, 2.0, 4.0], [0.0, 0.0, 8.0]]}
+    assert beyond(row, 64) == pytest.approx([(64 * 2 + 172 * 4) / 236, 172 * 8 / 236])
+    assert beyond(row, 128) == [4.0, 8.0]
+    assert beyond(row, 129) == []
+    assert edges(64) == [64]
+    assert edges(5) == [5]
+    assert edges(129) == [64, 128, 129]
+
+
+@pytest.mark.parametrize(("text", "size"), [("100", 100), ("4KiB", 4096), ("2 MiB", 2**21)])
+def test_sizes_are_read(text, size):
+    assert bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-5", "4kb", "many"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="a length is a number of bytes"):
+        bytes_of(text)
+
+
+def test_the_command_stores_rows_and_a_picture(books, tmp_path):
+    model = small_model("deep")
+    model.save_pretrained(tmp_path / "model")
+    ByteTokenizer().save_pretrained(tmp_path / "model")
+    folder = str(books.paths[0].parent)
+    arguments = ["eval", "longcontext", str(tmp_path / "model"), "--data", folder]
+    code, printed = run_cli([*arguments, "--length", "2KiB", "--reset", "512", "--save", str(tmp_path / "out")])
+    assert code == 0, printed
+    stored = json.loads((tmp_path / "out" / "longcontext.json").read_text())
+    assert [row["mode"] for row in stored["rows"]] == ["carried", "reset every 512", "recurrence off"]
+    assert stored["length"] == 2048
+    assert {"command", "commit", "versions", "machine"} <= set(stored)
+    assert (tmp_path / "out" / "longcontext.png").stat().st_size > 1000
+    code, printed = run_cli([*arguments, "--length", "1MiB"])
+    assert code == 1
+    assert "no file has 1,048,576 bytes" in printed
+
+
+def test_any_control_goes_through_the_command(books, tmp_path):
+    folder = str(books.paths[0].parent)
+    for name, options in (("mamba2", []), ("llama", ["--reset", "256"])):
+        like = small_config("period", hidden_size=64, head_dim=16, intermediate_size=96)
+        AutoModelForCausalLM.from_config(control(name, like)).save_pretrained(tmp_path / name)
+        arguments = ["eval", "longcontext", str(tmp_path / name), "--data", folder, "--length", "1000", *options]
+        code, printed = run_cli(arguments)
+        assert code == 0, printed

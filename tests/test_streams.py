@@ -1,0 +1,183 @@
+"""Reading in order: windows that cover every byte once, states that are carried by any model, runs that resume."""
+
+import os
+import signal
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from pmnet.baselines import Carry, carries, control
+from pmnet.baselines.mamba2 import matrix_scan
+from pmnet.data.files import open_files
+from pmnet.data.streams import ContiguousWindows
+from pmnet.model.tokenizer import BOS
+from pmnet.train import loop
+from pmnet.train.loop import TrainingStopped, train
+from pmnet.train.tasks import ByteTask
+from tests.conftest import random_ids, small_config
+from tests.test_training import recipe, weights
+
+MODELS = ["pmnet", "no-recurrence", "sliding-window", "mamba2"]
+
+
+@pytest.fixture
+def books(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    for name, size in (("a", 700), ("b", 64), ("c", 65), ("d", 333), ("e", 1), ("f", 500)):
+        data = torch.randint(1, 256, (size,), generator=generator).tolist()
+        (folder / f"{name}.txt").write_bytes(bytes(data))
+    return folder
+
+
+def build(name: str, **changes):
+    torch.manual_seed(0)
+    config = small_config("period", hidden_size=64, head_dim=16, intermediate_size=96, **changes)
+    return AutoModelForCausalLM.from_config(config if name == "pmnet" else control(name, config)).eval()
+
+
+@pytest.mark.parametrize(("rows", "processes"), [(1, 1), (3, 1), (2, 2)])
+def test_an_epoch_reads_every_window_once_and_in_order(books, rows, processes):
+    files = open_files([books])
+    windows = ContiguousWindows(files, 32, rows, 7, processes)
+    lanes = {(p, row): b"" for p in range(processes) for row in range(rows)}
+    whole = {path.read_bytes() for path in files.paths}
+    seen = []
+    for index in range(windows.steps * processes):
+        batch = windows.batch(index)
+        for row in range(rows):
+            ids, labels = batch["input_ids"][row], batch["labels"][row]
+            text = labels[labels != -100]
+            assert torch.equal(ids[1 : len(text)], text[:-1])
+            key = (index % processes, row)
+            if batch["restart"][row]:
+                seen.append(lanes[key])
+                lanes[key] = b""
+                assert ids[0] == BOS or index < processes
+            else:
+                assert ids[0] == lanes[key][-1]
+            lanes[key] += bytes(text.tolist())
+    seen = [piece for piece in [*seen, *lanes.values()] if piece]
+    left_out = sum(-(-size // 32) for size in files.sizes) % (rows * processes)
+    assert sum(map(len, seen)) >= files.total - 32 * left_out
+    assert all(any(piece in book for book in whole) for piece in seen)
+    assert sum(piece in whole for piece in seen) >= len(whole) - rows * processes - 1
+
+
+def test_order_is_a_function_of_seed_and_epoch(books):
+    files = open_files([books])
+    windows, again = ContiguousWindows(files, 32, 2, 7), ContiguousWindows(files, 32, 2, 7)
+    far = 2 * windows.steps + 3
+    assert all(torch.equal(windows.batch(far)[name], again.batch(far)[name]) for name in windows.batch(far))
+    epochs = [torch.cat([windows.batch(e * windows.steps + i)["labels"] for i in range(windows.steps)]) for e in (0, 1)]
+    assert not torch.equal(*epochs)
+    assert windows.batch(windows.steps)["restart"].all()
+    with pytest.raises(ValueError, match="too few for 999 rows"):
+        ContiguousWindows(files, 32, 999, 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_windows_with_a_carried_state_are_one_long_read(name):
+    model, ids = build(name), random_ids(3, 90)
+    carry = Carry(model, 3)
+    with torch.no_grad():
+        parts = torch.cat([carry.read(part) for part in ids.split([40, 1, 9, 40], dim=1)], 1)
+        whole = Carry(model, 3).read(ids)
+    assert torch.allclose(parts, whole, atol=2e-4)
+    size = carry.nbytes
+    with torch.no_grad():
+        carry.read(ids)
+    assert carry.nbytes == size
+
+
+@pytest.mark.parametrize("name", ["pmnet", "mamba2"])
+def test_a_restarted_row_has_forgotten(name):
+    model, ids = build(name), random_ids(3, 60)
+    carry = Carry(model, 3)
+    with torch.no_grad():
+        carry.read(ids[:, :30])
+        mixed = carry.read(ids[:, 30:], torch.tensor([False, True, False]))
+        fresh = Carry(model, 3).read(ids[:, 30:])
+        whole = Carry(model, 3).read(ids)[:, 30:]
+    assert torch.allclose(mixed[1], fresh[1], atol=2e-4)
+    assert torch.allclose(mixed[::2], whole[::2], atol=2e-4)
+    assert not torch.allclose(mixed[0], fresh[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_saved_state_continues_to_the_bit(name):
+    model, ids = build(name), random_ids(2, 80)
+    carry, other = Carry(model, 2), Carry(model, 2)
+    assert carry.state() == {}
+    with torch.no_grad():
+        carry.read(ids[:, :50])
+        saved = {key: tensor.clone() for key, tensor in carry.state().items()}
+        other.restore(saved)
+        assert torch.equal(carry.read(ids[:, 50:]), other.read(ids[:, 50:]))
+    with pytest.raises(ValueError, match="another model's"):
+        Carry(model, 3).restore(saved)
+
+
+def test_gradients_stop_at_the_edge_of_a_window():
+    for name in MODELS:
+        model = build(name).train()
+        carry = Carry(model, 2)
+        for part in random_ids(2, 60).split(30, dim=1):
+            carry.read(part).square().sum().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad), name
+
+
+def test_what_has_no_constant_state_is_refused():
+    config = LlamaConfig(vocab_size=384, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    assert not carries(config)
+    with pytest.raises(ValueError, match="llama has no state of constant size"):
+        Carry(AutoModelForCausalLM.from_config(config), 1)
+
+
+def test_the_matrix_scan_is_the_librarys():
+    config = control("mamba2", small_config("period", hidden_size=64))
+    config.num_hidden_layers = 2
+    model = AutoModelForCausalLM.from_config(config)
+    ids, found = random_ids(2, 75), []
+    for scan in (False, True):
+        model.zero_grad()
+        if scan:
+            with matrix_scan():
+                logits = model(ids, use_cache=False).logits
+        else:
+            logits = model(ids, use_cache=False).logits
+        logits.square().mean().backward()
+        found.append((logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
+    for name, gradient in found[0][1].items():
+        assert torch.dist(gradient, found[1][1][name]) <= 1e-4 * gradient.norm() + 1e-9, name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_run_that_carries_its_state_resumes_to_the_bit(name, books, tmp_path, monkeypatch):
+    config = small_config("period", hidden_size=64, head_dim=16, intermediate_size=96)
+    config = config if name == "pmnet" else control(name, config)
+    plan = recipe(steps=7, carry=True, checkpoint_seconds=1e9, model=config)
+
+    def source():
+        return ByteTask(ContiguousWindows(open_files([books]), plan.length, plan.batch_size, plan.seed))
+
+    train(plan, source(), tmp_path / "whole")
+    original, calls = loop.loss_of, []
+
+    def interrupted(model, batch, carry):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(model, batch, carry)
+
+    monkeypatch.setattr(loop, "loss_of", interrupted)
+    with pytest.raises(TrainingStopped, match="SIGTERM after step 4"):
+        train(plan, source(), tmp_path / "cut")
+    monkeypatch.setattr(loop, "loss_of", original)
+    train(plan, source(), tmp_path / "cut", resume=True)
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    for key, tensor in whole.items():
+        assert torch.equal(tensor, cut[key]), key
