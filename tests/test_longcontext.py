@@ -12,7 +12,7 @@ from pmnet.baselines import control
 from pmnet.cli_longcontext import bytes_of
 from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
-from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, modes_of
+from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, memory_facts, modes_of
 from pmnet.model import ByteTokenizer
 from pmnet.model.tokenizer import BOS
 from tests.conftest import run_cli, small_config, small_model
@@ -87,6 +87,30 @@ def test_recurrence_off_is_a_row_of_its_own_and_leaves_the_model_alone(books):
     on, off = (bits_by_position(model, books, LENGTH, Mode("row", None, flag)) for flag in (True, False))
     assert on["bits"] != off["bits"]
     assert model.config.memory_cumsum
+
+
+def test_anchors_are_taken_away_and_given_back(books):
+    model = small_model("deep")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    modes = modes_of(model, [], ablations=True)
+    assert [mode.without for mode in modes] == [(), (), (0,), (2,), (0, 1, 2)]
+    found = [bits_by_position(model, books, 900, mode)["total"] for mode in modes]
+    assert len(set(found)) == len(found)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_memory_facts_tell_empty_one_sided_and_saturated():
+    generator = torch.Generator().manual_seed(0)
+    empty = torch.zeros(2, 1, 4, 1000, dtype=torch.int32)
+    aligned = empty.clone()
+    aligned[:, :, 0] = 2**29
+    spread = torch.randint(-(2**31), 2**31, empty.shape, generator=generator).int()
+    facts = memory_facts([empty, aligned, spread])
+    assert [level["slots"] for level in facts] == [0.0, 0.25, 1.0]
+    assert [level["groups"] for level in facts] == [0.0, 1.0, 1.0]
+    assert facts[0]["resultant"] == 1.0
+    assert facts[1]["resultant"] == pytest.approx(1.0)
+    assert facts[2]["resultant"] < 0.05
 
 
 def test_beyond_weighs_bins_by_their_bytes():

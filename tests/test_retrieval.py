@@ -13,8 +13,9 @@ import torch
 import pmnet
 from pmnet.cli_demo import answer
 from pmnet.data.tasks import CopyPaste, Recall, SelectiveCopy
+from pmnet.eval.ablate import recurrence_off
 from pmnet.eval.mechanism import mechanism
-from pmnet.eval.retrieval import answers, measure, recurrence_off, wilson
+from pmnet.eval.retrieval import answers, measure, wilson
 from pmnet.eval.suite import grid, measure_cell
 from pmnet.model.remote import export_code
 from pmnet.train.ladders import LADDERS

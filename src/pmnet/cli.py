@@ -1,43 +1,34 @@
-"""The `pmnet` command; flops and bench are in `cli_bench.py`, `eval retrieval` in `cli_retrieval.py`."""
+"""The `pmnet` command; its larger subcommands are in `cli_*.py`."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
-from pmnet.baselines import CONTROLS, control
 from pmnet.cli_bench import bench_command, flops_command
 from pmnet.cli_demo import demo_command
 from pmnet.cli_longcontext import longcontext_command
 from pmnet.cli_retrieval import memory_command, retrieval_command
-from pmnet.config import PMNetConfig
+from pmnet.cli_train import train_command
 from pmnet.data.corpora import TIERS, prepare
-from pmnet.data.files import RandomWindows, open_files
-from pmnet.data.streams import ContiguousWindows
+from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
 from pmnet.report.provenance import provenance, write_json
-from pmnet.train.checkpoint import starting_point
-from pmnet.train.ladders import LADDERS
-from pmnet.train.loop import TrainingInterrupted, TrainingStopped, train
-from pmnet.train.recipes import RECIPES, Recipe
-from pmnet.train.tasks import ByteTask, Task
+from pmnet.train.loop import TrainingInterrupted, TrainingStopped
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 app.add_typer(evaluate, name="eval")
 out = Console()
 
-_PRESETS = "; ".join(f"{task}: {', '.join(recipes)}" for task, recipes in RECIPES.items())
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]
 
@@ -62,70 +53,7 @@ def _quiet() -> None:
     transformers_logging.set_verbosity_error()
 
 
-@app.command("train")
-def train_command(
-    task: Annotated[str, typer.Argument(help=f"What to learn: {', '.join(RECIPES)}.")] = "lm",
-    data: Annotated[list[Path] | None, typer.Option(help="File or folder to learn from (lm); may be repeated.")] = None,
-    preset: Annotated[str | None, typer.Option(help="Recipe; the first is the default: " + _PRESETS)] = None,
-    architecture: Annotated[
-        str, typer.Option("--model", help="pmnet, or a control of equal size: " + ", ".join(CONTROLS))
-    ] = "pmnet",
-    run: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/latest"),
-    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
-    length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
-    carry: Annotated[bool | None, typer.Option(help="Read files in order, carrying the state (lm).")] = None,
-    window: Annotated[int | None, typer.Option(min=1, help="Keys that attention sees, of a PMNet.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
-    phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
-    precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
-    compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
-    checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0)] = None,
-    resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
-) -> None:
-    """Train a model; Ctrl-C stops after a checkpoint, --resume continues to the same bits."""
-    recipes = RECIPES.get(task)
-    with _plain_errors():
-        if recipes is None:
-            raise ValueError(f"unknown task {task!r}; there are {', '.join(RECIPES)}")
-        name = preset or next(iter(recipes))
-        if name not in recipes:
-            raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
-        changes: dict[str, Any] = {
-            "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "size": size,
-            "learning_rate": learning_rate, "seed": seed, "precision": precision, "compile": compile,
-            "checkpoint_seconds": checkpoint_seconds,
-        }  # fmt: skip
-        recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
-        assert isinstance(recipe.model, PMNetConfig)
-        if phase_bits is not None:
-            recipe.model.phase_bits = phase_bits
-        if window is not None:
-            recipe.model.sliding_window = window
-        if architecture != "pmnet":
-            recipe = replace(recipe, model=control(architecture, recipe.model))
-        source: Task
-        if task == "lm":
-            if not data:
-                raise ValueError("training a language model needs --data FILE_OR_FOLDER")
-            source = _byte_task(data, recipe)
-        else:
-            source = LADDERS[task](recipe)
-            recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
-        starting_point(run, resume)
-        if os.environ.get("RANK", "0") == "0":
-            facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
-            write_json(run / "config.json", facts | {"recipe": recipe.facts(), "model": recipe.model.to_dict()})
-        train(recipe, source, run, resume)
-    out.print(f"model saved to {run / 'model'}")
-
-
-def _byte_task(data: list[Path], recipe: Recipe) -> ByteTask:
-    given = (open_files(data), recipe.length, recipe.batch_size, recipe.seed)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return ByteTask(ContiguousWindows(*given, processes) if recipe.carry else RandomWindows(*given))
+app.command("train")(_plain_errors()(train_command))
 
 
 @evaluate.command("bits")

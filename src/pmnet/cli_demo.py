@@ -13,7 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pmnet.data.tasks import Filler
 from pmnet.data.tasks.copy_paste import marked
-from pmnet.eval.retrieval import CHUNK, recurrence_off
+from pmnet.eval.ablate import recurrence_off
+from pmnet.eval.retrieval import CHUNK
 from pmnet.model import PMNetCache, PMNetForCausalLM
 from pmnet.model.load import load_model
 from pmnet.model.tokenizer import PASTE

@@ -26,11 +26,12 @@ def longcontext_command(
     data: Annotated[list[Path], typer.Option(help="Held-out books, a file or folder; may be repeated.")],
     length: Annotated[str, typer.Option(help="Bytes of each book, as in 65536 or 512KiB.")] = "512KiB",
     reset: Annotated[list[str] | None, typer.Option(help="Also forget everything every so many bytes.")] = None,
+    ablations: Annotated[bool, typer.Option("--ablations", help="Also with anchors set to zero (PMNet).")] = False,
     save: Annotated[Path | None, typer.Option(help="Folder for longcontext.json and longcontext.png.")] = None,
 ) -> None:
     """Bits per byte by position in whole books: state carried, reset, and with the recurrence off."""
     network, files, size = load_any(model), open_files(data), bytes_of(length)
-    modes, books = modes_of(network, [bytes_of(part) for part in reset or []]), whole_books(files, size)
+    modes, books = modes_of(network, [bytes_of(part) for part in reset or []], ablations), whole_books(files, size)
     rows: list[dict[str, Any]] = []
     facts = provenance() | {
         "length": size,

@@ -8,7 +8,7 @@ Shapes: B books, c columns of a chunk.
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pmnet.baselines import Carry, carries
+from pmnet.config import PMNetConfig
 from pmnet.data.files import ByteFiles
-from pmnet.eval.retrieval import recurrence_off
+from pmnet.eval.ablate import anchors_off, recurrence_off
 from pmnet.model import PMNetForCausalLM
 from pmnet.model.tokenizer import BOS
+from pmnet.ops import to_radians
 
 CHUNK = 1024
 FIRST = 64  # upper edge of the first bin; each further one is twice as far
@@ -36,15 +38,19 @@ class Mode:
         name: of the row.
         reset: forget everything every so many bytes; None carries the state from the first byte to the last.
         recurrence: False is the published ablation of a PMNet, on the same weights.
+        without: levels of a PMNet whose anchors are zero.
     """
 
     name: str
     reset: int | None = None
     recurrence: bool = True
+    without: tuple[int, ...] = ()
 
 
-def modes_of(model: PreTrainedModel, resets: list[int]) -> list[Mode]:
+def modes_of(model: PreTrainedModel, resets: list[int], ablations: bool = False) -> list[Mode]:
     """All rows for a model: carried, where its state has a constant size; each reset; and a PMNet without recurrence.
+
+    With `ablations` a PMNet is also read with the anchors of its root, of its leaves, and of all levels set to zero.
 
     Raises:
         ValueError: if the model can neither be carried nor is it to be reset.
@@ -53,6 +59,10 @@ def modes_of(model: PreTrainedModel, resets: list[int]) -> list[Mode]:
     found += [Mode(f"reset every {n}", n) for n in resets]
     if isinstance(model, PMNetForCausalLM) and model.config.memory_cumsum:
         found.append(Mode("recurrence off", None, False))
+    if ablations and isinstance(model, PMNetForCausalLM):
+        levels = range(model.config.num_levels)
+        found += [Mode("anchors zero: root", without=(0,)), Mode("anchors zero: leaves", without=(levels[-1],)),
+                  Mode("anchors zero: all", without=tuple(levels))]  # fmt: skip
     if not found:
         raise ValueError(f"a {model.config.model_type} has no state of constant size to carry: say --reset BYTES")
     return found
@@ -96,15 +106,20 @@ def bits_by_position(
     Returns:
         JSON-able values: `bits`, for each book the mean bits per byte of each bin (see `edges`); `total`, bits per
         byte of all; `word_perplexity`, `exp` of the nats per white-space separated word; `bytes_per_second`;
-        `state_bytes` of one book; `resident` memory of the process at the end, in bytes.
+        `state_bytes` of one book; `resident` memory of the process at the end, in bytes; for a PMNet the `memory` at
+        the end of the books (see `memory_facts`).
     """
     books = whole_books(files, length)
     bins = torch.tensor(edges(length))
     sums, words = torch.zeros(len(books), len(bins), dtype=torch.float64), 0
     carry = Carry(model, len(books)) if carries(model.config) else None
     period = mode.reset or length
+    phases = model.config.model_type == PMNetConfig.model_type
     started, before = time.perf_counter(), torch.full((len(books), 1), BOS)
-    with nullcontext() if mode.recurrence else recurrence_off(model):
+    with ExitStack() as changes:
+        if not mode.recurrence:
+            changes.enter_context(recurrence_off(model))
+        changes.enter_context(anchors_off(model, mode.without) if mode.without else nullcontext())
         start = 0
         while start < length:
             fresh = start % period == 0
@@ -136,7 +151,33 @@ def bits_by_position(
         "bytes_per_second": len(books) * length / seconds,
         "state_bytes": None if carry is None else carry.nbytes // len(books),
         "resident": psutil.Process().memory_info().rss,
+        "memory": memory_facts(carry.cache.memory) if carry is not None and phases else None,
     }
+
+
+def memory_facts(memory: list[Tensor]) -> list[dict[str, float]]:
+    """How full each level is, over all books: whether its phases have saturated.
+
+    Args:
+        memory: int32 turns by level, `[B, G, N, M]`.
+
+    Returns:
+        For each level `groups`, `slots` and `phases`, the shares that have been turned at all, and `resultant`, the
+        length of the mean of the turned phases as points on the unit circle: 1 for one direction, 0 for none.
+    """
+    found = []
+    for level in memory:
+        turned = level != 0
+        points = torch.polar(torch.ones(()), to_radians(level[turned]))
+        found.append(
+            {
+                "groups": float(turned.flatten(2).any(2).float().mean()),
+                "slots": float(turned.any(3).float().mean()),
+                "phases": float(turned.float().mean()),
+                "resultant": float(points.mean().abs()) if len(points) else 1.0,
+            }
+        )
+    return found
 
 
 def _nats(logits: Tensor, target: Tensor) -> Tensor:

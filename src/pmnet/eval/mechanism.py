@@ -3,8 +3,7 @@
 Shapes: B sequences, T columns, k letters, N slots, M phases, R read heads.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from pmnet.data.tasks import CopyPaste, Episodes, Filler
 from pmnet.data.tasks.copy_paste import asked
+from pmnet.eval.ablate import anchors_off
 from pmnet.eval.retrieval import CHUNK, columns_at_once
 from pmnet.memory import MemoryRead, MemoryWrite
 from pmnet.model import PMNetCache, PMNetForCausalLM
@@ -134,7 +134,7 @@ def _without(model: PMNetForCausalLM, episodes: Episodes, length: int, name: str
     what, level = [*name.split(), "0"][:2]
     rows = episodes.dense()[0]
     ids, strings = rows[:, : -length - 2], rows[:, -length - 1 :]
-    with _no_anchors(model, int(level)) if what == "anchors" else nullcontext():
+    with anchors_off(model, [int(level)]) if what == "anchors" else nullcontext():
         cache = PMNetCache(model.config, len(ids))
         for part in ids.split(columns_at_once(len(ids)), dim=1):
             model(part, past_key_values=cache, logits_to_keep=1)
@@ -143,17 +143,6 @@ def _without(model: PMNetForCausalLM, episodes: Episodes, length: int, name: str
         logits = model(asked(strings[:, :-1]).columns(0, length + 1)[0], past_key_values=cache).logits
     right = logits.argmax(-1) == strings
     return {"exact": _share(right.all(1)), "letters": _share(right[:, :-1])}
-
-
-@contextmanager
-def _no_anchors(model: PMNetForCausalLM, level: int) -> Iterator[None]:
-    anchors = model.model.memory_embeddings[level]
-    before = anchors.detach().clone()
-    anchors.zero_()
-    try:
-        yield
-    finally:
-        anchors.copy_(before)
 
 
 def _share(mask: Tensor) -> float:

@@ -9,7 +9,6 @@ Shapes: B sequences, A answer bytes of a sequence.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -113,17 +112,6 @@ def _read(
             yield torch.cat([before, first[:, :-1]], dim=1), ids, asked
         chosen = first[:, -1:]
         on_bytes(ids.numel())
-
-
-@contextmanager
-def recurrence_off(model: PMNetForCausalLM) -> Iterator[None]:
-    """The published ablation on a loaded model: states are single rotations, nothing accumulates."""
-    before = model.config.memory_cumsum
-    model.config.memory_cumsum = False
-    try:
-        yield
-    finally:
-        model.config.memory_cumsum = before
 
 
 def measure(

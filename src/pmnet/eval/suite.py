@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall, SelectiveCopy, text_of
-from pmnet.eval.retrieval import Score, measure, recurrence_off
+from pmnet.eval.ablate import recurrence_off
+from pmnet.eval.retrieval import Score, measure
 from pmnet.model import PMNetForCausalLM
 
 CONTROL = 64  # greatest distance, in multiples of the reach, at which the memory is also switched off

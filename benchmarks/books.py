@@ -1,0 +1,190 @@
+"""The comparison on books: every model reads the same bytes in the same order, with its own best learning rate.
+
+`python -m benchmarks.books run --data data/books` trains and measures whatever is not in `runs/books` yet, and
+`python -m benchmarks.books page` writes `results/books/README.md` from what is stored beside it.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any
+
+import typer
+
+from pmnet.eval.longcontext import beyond
+from pmnet.report.plots import plot_longcontext
+
+ROOT = Path(__file__).parent.parent / "results" / "books"
+RATES = (1e-3, 3e-3)
+GRID_STEPS, STEPS = 150, 1000  # 0.6 MB to choose a learning rate, 4.1 MB to compare
+POINTS = (1024, 8192, 65536)
+Json = dict[str, Any]
+app = typer.Typer(add_completion=False)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the comparison.
+
+    Attributes:
+        name: of its folder.
+        options: of `pmnet train lm`, beside the preset `tiny`.
+        rate_of: whose learning rate it takes; its own grid if None.
+        resets: how its state is also handled in `pmnet eval longcontext`.
+    """
+
+    name: str
+    options: tuple[str, ...] = ()
+    rate_of: str | None = None
+    resets: tuple[str, ...] = ()
+
+
+MODELS = (
+    Entry("pmnet", resets=("30KiB",)),
+    Entry("no-recurrence", ("--model", "no-recurrence")),
+    Entry("sliding-window", ("--model", "sliding-window")),
+    Entry("llama", ("--model", "llama"), resets=("256",)),
+    Entry("mamba2", ("--model", "mamba2"), resets=("30KiB",)),
+    Entry("mamba2-3x", ("--model", "mamba2-3x"), resets=("30KiB",)),
+)
+ABLATIONS = (
+    Entry("phase-bits-5", ("--phase-bits", "5"), "pmnet"),
+    Entry("phase-bits-32", ("--phase-bits", "32"), "pmnet"),
+    Entry("window-8", ("--window", "8"), "pmnet"),
+    Entry("window-64", ("--window", "64"), "pmnet"),
+    Entry("real-memory", ("--model", "real-memory"), "pmnet"),
+    Entry("gated-memory", ("--model", "gated-memory"), "pmnet"),
+    Entry("flat", ("--model", "flat"), "pmnet"),
+)
+
+
+@app.command()
+def run(
+    data: Annotated[Path, typer.Option(help="Corpus made by `pmnet data books`.")] = Path("data/books"),
+    to: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/books"),
+    only: Annotated[str, typer.Option(help="Names separated by commas; all models and ablations if empty.")] = "",
+    length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "512KiB",
+) -> None:
+    """Train and measure, skipping what is there."""
+    entries = [entry for entry in (*MODELS, *ABLATIONS) if not only or entry.name in only.split(",")]
+    for entry in entries:
+        if entry.rate_of is None:
+            for rate in RATES:
+                _train(entry, data, to / "grid" / f"{entry.name}-{rate:g}", GRID_STEPS, rate)
+        best = best_rate(to / "grid", entry.rate_of or entry.name)
+        folder = to / "models" / entry.name
+        _train(entry, data, folder, STEPS, best)
+        if not (folder / "longcontext.json").exists():
+            resets = [part for reset in entry.resets for part in ("--reset", reset)]
+            _pmnet("eval", "longcontext", str(folder / "model"), "--data", str(data / "test"), "--length", length,
+                   *resets, "--save", str(folder))  # fmt: skip
+
+
+def _train(entry: Entry, data: Path, folder: Path, steps: int, rate: float) -> None:
+    if not (folder / "model").exists():
+        resume = ["--resume"] if any(folder.glob("checkpoints/step-*/trainer.json")) else []
+        _pmnet("train", "lm", "--data", str(data / "train"), "--steps", str(steps), "--learning-rate", f"{rate:g}",
+               "--out", str(folder), *entry.options, *resume)  # fmt: skip
+
+
+def _pmnet(*arguments: str) -> None:
+    print("pmnet", *arguments, flush=True)
+    subprocess.run([str(Path(sys.executable).with_name("pmnet")), *arguments], check=True)
+
+
+def best_rate(grid: Path, name: str) -> float:
+    """The learning rate whose run ends with the lowest loss; every byte is read once, so it is a loss on new text."""
+    found = {rate: final_bits(grid / f"{name}-{rate:g}") for rate in RATES if (grid / f"{name}-{rate:g}").exists()}
+    if not found:
+        raise FileNotFoundError(f"no learning rates of {name} in {grid}: run it first")
+    return min(found, key=lambda rate: found[rate])
+
+
+def final_bits(folder: Path) -> float:
+    """Bits per byte over the last quarter of a training run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return fmean(row["loss"] for row in rows[-max(1, len(rows) // 4) :]) / 0.6931471805599453
+
+
+@app.command()
+def page() -> None:
+    """Write the page and its picture."""
+    lines = {folder.name: _load(folder)["rows"][0] for folder in _stored(ROOT, MODELS)}
+    if lines:
+        plot_longcontext(lines, ROOT / "longcontext.png")
+    (ROOT / "README.md").write_text(text(ROOT))
+
+
+def text(root: Path) -> str:
+    """The page for the results below `root`."""
+    parts = [
+        "# Books",
+        "Made by `python -m benchmarks.books page` from the files beside this page, which name their command, seed,\n"
+        "commit, versions and machine. Bits per byte of held-out novels, the first 512 KiB of each; *beyond* n: over\n"
+        "all bytes from position n on. Every model has read the same bytes in the same order.",
+        *_comparison("Models", _stored(root, MODELS)),
+        *_comparison("Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, ABLATIONS)),
+        *_grid(root / "grid"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _stored(root: Path, entries: Sequence[Entry]) -> list[Path]:
+    folders = [root / "models" / entry.name for entry in entries]
+    return [folder for folder in folders if (folder / "longcontext.json").exists()]
+
+
+def _comparison(title: str, folders: list[Path]) -> list[str]:
+    rows = []
+    base = _load(folders[0])["rows"][0] if folders else {}
+    for folder in folders:
+        stored, last, config = _load(folder), _last(folder), json.loads((folder / "config.json").read_text())
+        for row in stored["rows"]:
+            apart = [mine - other for mine, other in zip(beyond(row, 8192), beyond(base, 8192), strict=True)]
+            spread = f" ± {stdev(apart) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
+            rows.append(
+                [f"`{folder.name}`", row["mode"], f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB",
+                 f"{config['recipe']['learning_rate']:g}", f"{row['total']:.3f}",
+                 *(f"{fmean(beyond(row, point)):.3f}" for point in POINTS), f"{fmean(apart):+.3f}{spread}",
+                 f"{row['word_perplexity']:,.0f}", f"{last['bytes'] / last['seconds']:,.0f}",
+                 f"{row['bytes_per_second']:,.0f}",
+                 "" if row["state_bytes"] is None else f"{row['state_bytes'] / 1024:,.0f} KiB"]
+            )  # fmt: skip
+    heads = ["model", "state", "parameters", "bytes seen", "learning rate", "all", *(f"beyond {p:,}" for p in POINTS),
+             "beyond 8,192, to the first row (± standard error over books)", "word perplexity", "training, bytes/s",
+             "reading, bytes/s", "state"]  # fmt: skip
+    return [f"## {title}", _table(heads, rows)] if rows else []
+
+
+def _grid(folder: Path) -> list[str]:
+    rows = []
+    for entry in MODELS:
+        cells = [folder / f"{entry.name}-{rate:g}" for rate in RATES]
+        if all((cell / "metrics.jsonl").exists() for cell in cells):
+            rows.append([f"`{entry.name}`", *(f"{final_bits(cell):.3f}" for cell in cells)])
+    heads = ["model", *(f"{rate:g}" for rate in RATES)]
+    title = f"## Learning rates: bits per byte over the last quarter of {GRID_STEPS} steps"
+    return [title, _table(heads, rows)] if rows else []
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---:"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _load(folder: Path) -> Json:
+    loaded: Json = json.loads((folder / "longcontext.json").read_text())
+    return loaded
+
+
+def _last(folder: Path) -> Json:
+    loaded: Json = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return loaded
+
+
+if __name__ == "__main__":
+    app()
