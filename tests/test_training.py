@@ -13,6 +13,7 @@ import torch
 from pmnet.baselines import CONTROLS, control, load_any
 from pmnet.baselines.controls import parameters
 from pmnet.data.files import RandomWindows, open_files
+from pmnet.data.streams import ContiguousWindows
 from pmnet.data.tasks import CopyPaste
 from pmnet.eval.retrieval import measure
 from pmnet.model import PMNetForCausalLM
@@ -253,27 +254,19 @@ def test_windows_cover_files_and_shift_labels(text):
 
 
 def test_two_processes_train_one_model(text, tmp_path):
-    """`torch.distributed`: two ranks on different windows end with the model of one process on both."""
+    """`torch.distributed`: two ranks on two lanes each end with the model of one process on four."""
     run = tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet.cli",
         "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
-        "--no-compile",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr[-2000:]
     assert latest_checkpoint(run).name == "step-2"
 
-    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=2, length=24, compile=False)
-    source = task(text, plan)
-
-    class Both(ByteTask):
-        def batch(self, index):
-            parts = [source.batch(2 * index), source.batch(2 * index + 1)]
-            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-    train(plan, Both(source.windows), tmp_path / "one")
+    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=4, length=24)
+    train(plan, ByteTask(ContiguousWindows(open_files([text]), 24, 4, plan.seed)), tmp_path / "one")
     rates = [
         [json.loads(line)["rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, tmp_path / "one")
