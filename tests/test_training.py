@@ -16,6 +16,7 @@ from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.data.tasks import CopyPaste
 from pmnet.eval.retrieval import measure
+from pmnet.memory import MemoryRead
 from pmnet.model import PMNetForCausalLM
 from pmnet.model.tokenizer import EOS, PASTE
 from pmnet.train import loop
@@ -93,6 +94,16 @@ def test_resume_equals_uninterrupted(kind, text, tmp_path, monkeypatch):
     assert whole.keys() == cut.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, cut[name]), name
+
+
+def test_silent_reads_begin_with_the_model_without_reads_and_learn(text, tmp_path):
+    plan = recipe(silent_reads=True, steps=1, learning_rate=0.0)
+    model = train(plan, task(text, plan), tmp_path / "still")
+    read = [m for m in model.modules() if isinstance(m, MemoryRead)]
+    assert all(not m.proj_out.weight.any() for m in read)
+    plan = replace(plan, learning_rate=1e-2, steps=4)
+    model = train(plan, task(text, plan), tmp_path / "run")
+    assert all(m.proj_out.weight.any() for m in model.modules() if isinstance(m, MemoryRead))
 
 
 def test_nan_stops_with_step_and_checkpoint(text, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from pmnet.baselines import Carry, carries
+from pmnet.memory import MemoryRead
 from pmnet.model import ByteTokenizer
 from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, load_state, save_checkpoint, starting_point
 from pmnet.train.progress import Reporter
@@ -55,6 +56,8 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
     torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
     model = AutoModelForCausalLM.from_config(recipe.model).train()
+    if recipe.silent_reads:
+        silence_reads(model)
     optimizers = build_optimizers(model, recipe)
     schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]
     done, seen = (0, 0) if found is None else _restore(found, recipe, task, model, optimizers, schedules)
@@ -116,6 +119,14 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return model.eval()
+
+
+@torch.no_grad()
+def silence_reads(model: PreTrainedModel) -> None:
+    """Set the output maps of all memory reads to zero."""
+    for module in model.modules():
+        if isinstance(module, MemoryRead):
+            module.proj_out.weight.zero_()
 
 
 def _restore(
