@@ -3,5 +3,14 @@
 from pmnet.baselines.controls import CONTROLS, control
 from pmnet.baselines.load import load_any
 from pmnet.baselines.lstm import LSTMConfig, LSTMForCausalLM
+from pmnet.baselines.memories import VariantConfig, VariantForCausalLM
 
-__all__ = ["CONTROLS", "LSTMConfig", "LSTMForCausalLM", "control", "load_any"]
+__all__ = [
+    "CONTROLS",
+    "LSTMConfig",
+    "LSTMForCausalLM",
+    "VariantConfig",
+    "VariantForCausalLM",
+    "control",
+    "load_any",
+]

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, MistralConfig, PreTrainedConfig
 
 from pmnet.baselines.lstm import LSTMConfig
+from pmnet.baselines.memories import VariantConfig
 from pmnet.config import PMNetConfig
 
 
@@ -14,6 +15,8 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     """The configuration of control `name` that has as many parameters as the PMNet `like`.
 
     - `no-recurrence`: the same model, trained with states that are single rotations (`memory_cumsum=False`).
+    - `real-memory`: the same model whose slots hold plain numbers that are added up (`memory_kind="real"`).
+    - `gated-memory`: the same, and every write first forgets a part (`memory_kind="gated"`).
     - `sliding-window`: a Transformer of the same layers, width and window, hence the same reach; a wider MLP.
     - `llama`: full attention, twice the layers.
     - `mamba`: the same width, as many layers as fit.
@@ -37,6 +40,11 @@ def _no_recurrence(like: PMNetConfig) -> PreTrainedConfig:
     other = copy.deepcopy(like)
     other.memory_cumsum = False
     return other
+
+
+def _variant(like: PMNetConfig, kind: str) -> PreTrainedConfig:
+    facts = {**like.to_dict(), "model_type": VariantConfig.model_type, "memory_kind": kind}
+    return VariantConfig.from_dict(facts, attn_implementation=like._attn_implementation)
 
 
 def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrainedConfig:
@@ -85,6 +93,8 @@ def _fitted(build: Callable[[int], PreTrainedConfig], like: PMNetConfig, low: in
 
 CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "no-recurrence": _no_recurrence,
+    "real-memory": lambda like: _variant(like, "real"),
+    "gated-memory": lambda like: _variant(like, "gated"),
     "sliding-window": lambda like: _transformer(like, like.num_hidden_layers, like.sliding_window),
     "llama": lambda like: _transformer(like, 2 * like.num_hidden_layers, None),
     "mamba": _mamba,
