@@ -4,11 +4,16 @@ from pmnet.baselines.controls import CONTROLS, control
 from pmnet.baselines.load import load_any
 from pmnet.baselines.lstm import LSTMConfig, LSTMForCausalLM
 from pmnet.baselines.memories import VariantConfig, VariantForCausalLM
+from pmnet.baselines.ntm import NTMConfig, NTMCore, NTMForCausalLM, NTMState
 
 __all__ = [
     "CONTROLS",
     "LSTMConfig",
     "LSTMForCausalLM",
+    "NTMConfig",
+    "NTMCore",
+    "NTMForCausalLM",
+    "NTMState",
     "VariantConfig",
     "VariantForCausalLM",
     "control",

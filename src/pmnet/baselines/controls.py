@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MambaConfig, Mistral
 
 from pmnet.baselines.lstm import LSTMConfig
 from pmnet.baselines.memories import VariantConfig
+from pmnet.baselines.ntm import NTMConfig
 from pmnet.config import PMNetConfig
 
 
@@ -21,6 +22,7 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     - `llama`: full attention, twice the layers.
     - `mamba`: the same width, as many layers as fit.
     - `lstm`: two layers, as wide as fits.
+    - `ntm`: a Neural Turing Machine of 128 slots of 20 numbers, its controller as wide as fits.
 
     Raises:
         ValueError: if there is no such control, or no size of it comes within two percent.
@@ -79,6 +81,13 @@ def _lstm(like: PMNetConfig) -> PreTrainedConfig:
     return _fitted(build, like, 1, 4 * like.hidden_size)
 
 
+def _ntm(like: PMNetConfig) -> PreTrainedConfig:
+    def build(width: int) -> PreTrainedConfig:
+        return NTMConfig(vocab_size=like.vocab_size, hidden_size=width)
+
+    return _fitted(build, like, 1, 4 * like.hidden_size)
+
+
 def _fitted(build: Callable[[int], PreTrainedConfig], like: PMNetConfig, low: int, high: int) -> PreTrainedConfig:
     """The configuration between `build(low)` and `build(high)` whose size comes closest to that of `like`."""
     target = parameters(like)
@@ -99,4 +108,5 @@ CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "llama": lambda like: _transformer(like, 2 * like.num_hidden_layers, None),
     "mamba": _mamba,
     "lstm": _lstm,
+    "ntm": _ntm,
 }
