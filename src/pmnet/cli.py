@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from pmnet.baselines import CONTROLS, control
 from pmnet.cli_bench import bench_command, flops_command
 from pmnet.cli_demo import demo_command
+from pmnet.cli_gradients import COMMANDS as GRADIENTS
 from pmnet.cli_retrieval import memory_command, retrieval_command
 from pmnet.config import PMNetConfig
 from pmnet.data.corpora import TIERS, prepare
@@ -33,6 +34,10 @@ from pmnet.train.tasks import ByteTask, Task
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 app.add_typer(evaluate, name="eval")
+gradients = typer.Typer(
+    no_args_is_help=True, help="Why it trains: gradients through time, norms, precision, saturation."
+)
+evaluate.add_typer(gradients, name="gradients")
 out = Console()
 
 _PRESETS = "; ".join(f"{task}: {', '.join(recipes)}" for task, recipes in RECIPES.items())
@@ -185,6 +190,8 @@ def generate_command(
 
 evaluate.command("retrieval")(_plain_errors()(retrieval_command))
 evaluate.command("memory")(_plain_errors()(memory_command))
+for _name, _command in GRADIENTS.items():
+    gradients.command(_name)(_plain_errors()(_command))
 app.command("demo")(_plain_errors()(demo_command))
 
 
