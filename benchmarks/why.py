@@ -55,9 +55,9 @@ def _jacobian(stored: Json) -> list[str]:
     )
     return [
         "## Gradients through time",
-        f"Medians over {stored['rows']} sequences of random bytes. `state` is the gain of d state(t + n) / d state(t),\n"
-        "of trees by level; `hand-down` that of d lowest state(t + n) / d root state(t); `loss` the norm of\n"
-        "d loss(t + n) / d state(t).",
+        f"Medians over {stored['rows']} sequences of random bytes. `state` is the gain of\n"
+        "d state(t + n) / d state(t), of trees by level; `hand-down` that of d lowest state(t + n) / d root state(t);\n"
+        "`loss` the norm of d loss(t + n) / d state(t).",
         f"An integer added to the state of a level is, to the bit, the same integer {stored['positions']:,} positions\n"
         f"later, level by level: {shifts}.",
         "![curves](jacobian/jacobian.png)",
@@ -149,8 +149,8 @@ def _saturation(stored: Json) -> list[str]:
         f"The first of K writes to one slot of {stored['memory_size']} phases, told from 255 other random codes; rows\n"
         "by standard deviation of a code (rad) and `phase_bits`, columns by K:",
         _table(["code", "bits", *(str(r["writes"]) for r in limits)], capacity, 1),
-        "The straight-through gradient of the rounding: cosine with the gradient of the loss expected under dithering,\n"
-        "and ratio of the norms, by `phase_bits`:",
+        "The straight-through gradient of the rounding: cosine with the gradient of the loss expected under\n"
+        "dithering, and ratio of the norms, by `phase_bits`:",
         _table(["writes", "rotation (rad)", *(f"{b} bits" for b in (4, 5, 6, 7, 8, 12))], bias, 1),
         "All parameters of an untrained model, one batch of text: gradient at `phase_bits` against the gradient of\n"
         "the same weights without rounding, median over seeds:",

@@ -17,6 +17,7 @@ def plot_jacobian(models: Sequence[Row], path: Path) -> None:
     stages = [stage for stage in (False, True) if any(bool(model["folder"]) == stage for model in models)]
     figure = Figure(figsize=(11, 4 * len(stages)), dpi=110, layout="constrained")
     panels = figure.subplots(len(stages), 2, squeeze=False)
+    names = list(dict.fromkeys(model["name"] for model in models))
     for line, stage in zip(panels, stages, strict=True):
         when = "trained" if stage else "at initialisation"
         for model in models:
@@ -24,7 +25,7 @@ def plot_jacobian(models: Sequence[Row], path: Path) -> None:
                 for label, curve in model["curves"].items():
                     axes = line[1] if label.startswith("loss") else line[0]
                     style = "--" if "level 1" in label else ":" if label == "hand-down" else "-"
-                    _curve(axes, curve, f"{model['name']}, {label}", style)
+                    _curve(axes, curve, f"{model['name']}, {label}", f"C{names.index(model['name'])}{style}")
         line[0].set_title(f"d state(t + n) / d state(t), {when}")
         line[0].set_ylabel("log10 of the gain")
         line[1].set_title(f"d loss(t + n) / d state(t), {when}")
@@ -66,7 +67,7 @@ def plot_training(trials: Sequence[Row], path: Path) -> None:
             _norms(scales, sorted(one, key=lambda trial: trial["scale"]), "scale", name)
     titles = ("gradient norm by episode length", "1/sqrt(count)", "gradient norm by scale of the initial weights")
     for axes, title, below in zip((lengths, factor, scales), titles, ("positions", "positions", "scale"), strict=True):
-        axes.set_title(f"{title}, rate {middle:g}", fontsize="medium")
+        axes.set_title(f"{title}, rate {middle:g}", fontsize="small")
         axes.set_xlabel(below)
         axes.set_ylabel("median, bar up to the 99th percentile")
         axes.set_xscale("log")
@@ -118,12 +119,11 @@ def plot_saturation(found: Row, path: Path) -> None:
     filling.set_xlabel("bytes read")
     filling.set_ylabel("circular variance of the states")
     finest = max(row["phase_bits"] for row in found["capacity"])
-    for scale in dict.fromkeys(row["scale"] for row in found["capacity"]):
+    for index, scale in enumerate(dict.fromkeys(row["scale"] for row in found["capacity"])):
         for bits, style in ((finest, "-"), (5, "--")):
             rows = [r for r in found["capacity"] if r["scale"] == scale and r["phase_bits"] == bits]
-            colour = f"C{[r['scale'] for r in found['capacity'] if r['phase_bits'] == bits].index(scale) % 10}"
             label = f"codes of {scale:g} rad, {bits} bits"
-            capacity.plot([r["writes"] for r in rows], [r["accuracy"] for r in rows], style, color=colour, label=label)
+            capacity.plot([r["writes"] for r in rows], [r["accuracy"] for r in rows], f"C{index}{style}", label=label)
     rows = [r for r in found["capacity"] if r["scale"] == found["capacity"][0]["scale"] and r["phase_bits"] == finest]
     capacity.plot([r["writes"] for r in rows], [r["limit"] for r in rows], "k:", label="plain sum, theory")
     capacity.set_xlabel("writes to the slot")
