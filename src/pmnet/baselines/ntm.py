@@ -70,7 +70,8 @@ class NTMCore(nn.Module):
             1 + F.softplus(sharp).unsqueeze(-1),
         )
         reading, writing = weights[:, :1], weights[:, 1].unsqueeze(-1)
-        memory = state.memory * (1 - writing * erase.sigmoid().unsqueeze(1)) + writing * add.tanh().unsqueeze(1)
+        change = add.tanh().unsqueeze(1) - state.memory * erase.sigmoid().unsqueeze(1)  # erase, then add
+        memory = torch.addcmul(state.memory, writing, change)
         read = (reading @ memory).squeeze(1)
         return self.output(torch.cat([hidden, read], -1)), NTMState(memory, weights, read, hidden, cell)
 
