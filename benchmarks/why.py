@@ -27,7 +27,8 @@ def page(root: Path) -> str:
         *_of(root / "precision" / "precision.json", _precision),
         *_of(root / "saturation" / "saturation.json", _saturation),
         *_of(root / "ntm-copy" / "copy.json", _copy),
-        *_whole(sorted(path.parent for path in root.glob("runs/*/metrics.jsonl"))),
+        *_of(root / "cost" / "cost.json", _cost),
+        *_whole([*sorted(root.glob("runs/*")), *sorted(root.parent.glob("retrieval/demo/seed-*"))], root.parent),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -171,31 +172,47 @@ def _copy(stored: Json) -> list[str]:
     ]
 
 
-def _whole(folders: list[Path]) -> list[str]:
+def _cost(stored: Json) -> list[str]:
+    rows = []
+    for row in stored["rows"]:
+        slow, fast = (stored["positions"] / pick(row["seconds"]) for pick in (max, min))
+        rows.append([row["name"], f"{row['parameters']:,}", f"{row['length']:,}", str(row["rows"]),
+                     f"{row['bytes_per_second']:,.0f}", f"{slow:,.0f} to {fast:,.0f}",
+                     f"{row['peak_bytes'] / 2**20:,.0f}"])  # fmt: skip
+    heads = ["model", "parameters", "positions", "rows", "bytes/s", "range", "peak memory, MiB"]
+    return [
+        "## Cost of a training step",
+        f"Forward, backward and AdamW, median of {stored['steps']} steps; memory beyond that of the model.",
+        _table(heads, rows, 1),
+    ]
+
+
+def _whole(folders: list[Path], root: Path) -> list[str]:
     """Whole training runs: norms before clipping, speed, and exact strings where they were measured."""
-    rows, distances = [], list[int]()
+    rows, distances = [], set[int]()
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         facts, last = _load(folder / "config.json"), lines[-1]
         norms = sorted(line["norm"] for line in lines)
         scores = folder / "copy-paste.json"
         cells = _load(scores)["cells"] if scores.exists() else []
-        distances = distances or [round(cell["distance"]) for cell in cells]
+        distances |= {round(cell["distance"]) for cell in cells}
         exact = {round(cell["distance"]): f"{_percent(cell['exact'])}, {_percent(cell['letters'])}" for cell in cells}
         rows.append([
-            folder.name, f"{last['step']:,}", _short(facts["recipe"]["learning_rate"]), _short(facts["recipe"]["clip"]),
+            str(folder.relative_to(root)), f"{last['step']:,}",
+            _short(facts["recipe"]["learning_rate"]), _short(facts["recipe"]["clip"]),
             f"{last['bytes'] / 1e6:.2f} MB", f"{last['bytes'] / last['seconds']:,.0f}", _short(norms[len(norms) // 2]),
             _short(norms[int(0.99 * (len(norms) - 1))]), _short(norms[-1]), f"{last['loss']:.3g}", exact,
         ])  # fmt: skip
     if not rows:
         return []
     heads = ["run", "steps", "rate", "clip", "bytes", "bytes/s", "median norm", "99 %", "max", "last loss"]
-    table = [[*row[:-1], *(row[-1].get(n, "") for n in distances)] for row in rows]
+    table = [[*row[:-1], *(row[-1].get(n, "") for n in sorted(distances))] for row in rows]
     return [
         "## Whole runs on copy-paste",
         "Norms are those before clipping, of the steps in `metrics.jsonl` (every tenth); then, by bytes of filler,\n"
         "strings exactly right and bytes right.",
-        _table([*heads, *(f"at {n}" for n in distances)], table, 1),
+        _table([*heads, *(f"at {n}" for n in sorted(distances))], table, 1),
     ]
 
 

@@ -5,7 +5,7 @@ import json
 import torch
 from torch.nn import functional as F
 
-from benchmarks import ntm
+from benchmarks import ntm, sequential
 from pmnet.baselines import NTMConfig, NTMCore, NTMForCausalLM, NTMState
 from pmnet.train.checkpoint import latest_checkpoint
 from tests.conftest import random_ids
@@ -101,3 +101,13 @@ def test_a_stopped_run_continues_to_the_same_weights(tmp_path, monkeypatch, caps
     assert all(0 <= row["exact"] <= row["bits"] <= 1 for row in stored["lengths"])
     assert stored["steps"] == 4
     assert "vectors" in capsys.readouterr().out
+
+
+def test_the_cost_of_a_step_is_measured(monkeypatch):
+    monkeypatch.setattr(sequential, "POSITIONS", 64)
+    monkeypatch.setattr(sequential, "STEPS", 2)
+    for name in ("pmnet", "ntm"):
+        found = sequential.cost(name, 16)
+        assert (found["name"], found["rows"], len(found["seconds"])) == (name, 4, 2)
+        assert found["bytes_per_second"] == 64 / (sum(found["seconds"]) / 2)
+        assert found["peak_bytes"] >= 0
