@@ -336,7 +336,7 @@ def test_bench_needs_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setattr(pmnet, "__file__", str(tmp_path / "site-packages" / "pmnet" / "__init__.py"))
     code, printed = run_cli(["bench", "--list"])
     assert code == 1
-    assert printed.startswith("pmnet: pmnet bench runs from a source checkout")
+    assert printed.startswith("pmnet: this runs from a source checkout")
 
 
 def test_both_forms_of_the_read_agree():

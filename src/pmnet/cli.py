@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from pmnet.cli_bench import bench_command, flops_command
 from pmnet.cli_demo import demo_command
+from pmnet.cli_gradients import COMMANDS as GRADIENTS
 from pmnet.cli_longcontext import longcontext_command
 from pmnet.cli_retrieval import memory_command, retrieval_command
 from pmnet.cli_train import train_command
@@ -27,6 +28,10 @@ from pmnet.train.loop import TrainingInterrupted, TrainingStopped
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 app.add_typer(evaluate, name="eval")
+gradients = typer.Typer(
+    no_args_is_help=True, help="Why it trains: gradients through time, norms, precision, saturation."
+)
+evaluate.add_typer(gradients, name="gradients")
 out = Console()
 
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
@@ -127,6 +132,8 @@ def generate_command(
 evaluate.command("retrieval")(_plain_errors()(retrieval_command))
 evaluate.command("longcontext")(_plain_errors()(longcontext_command))
 evaluate.command("memory")(_plain_errors()(memory_command))
+for _name, _command in GRADIENTS.items():
+    gradients.command(_name)(_plain_errors()(_command))
 app.command("demo")(_plain_errors()(demo_command))
 
 

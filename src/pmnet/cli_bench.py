@@ -47,7 +47,7 @@ def bench_command(
     ] = False,
 ) -> None:
     """Measure speed and memory against the published formulation, a Llama and a Mamba of equal size."""
-    bench = _checkout_module("benchmarks.cases")
+    bench = checkout_module("benchmarks.cases")
     console = Console(highlight=False, markup=False)
     if show:
         for case in bench.CASES.values():
@@ -72,11 +72,11 @@ def _preset(name: str) -> PMNetConfig:
     return MODELS[name]()
 
 
-def _checkout_module(name: str) -> ModuleType:
+def checkout_module(name: str) -> ModuleType:
     """A module of the `benchmarks` folder beside the sources; an installed package does not have it."""
     root = Path(pmnet.__file__).parents[2]
     if not (root / "benchmarks" / "cases.py").is_file():
-        raise ValueError("pmnet bench runs from a source checkout: there is no folder `benchmarks` beside this package")
+        raise ValueError("this runs from a source checkout: there is no folder `benchmarks` beside this package")
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return importlib.import_module(name)

@@ -40,6 +40,7 @@ def train_command(
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
+    clip: Annotated[float | None, typer.Option(min=0.0, help="Greatest gradient norm; 1e30 clips nothing.")] = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
     compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
@@ -55,7 +56,7 @@ def train_command(
         raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "size": size,
-        "learning_rate": learning_rate, "seed": seed, "precision": precision, "compile": compile,
+        "learning_rate": learning_rate, "clip": clip, "seed": seed, "precision": precision, "compile": compile,
         "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
     recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})

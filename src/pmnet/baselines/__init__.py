@@ -4,5 +4,21 @@ from pmnet.baselines.carry import Carry, carries
 from pmnet.baselines.controls import CONTROLS, control
 from pmnet.baselines.load import load_any
 from pmnet.baselines.lstm import LSTMConfig, LSTMForCausalLM
+from pmnet.baselines.memories import VariantConfig, VariantForCausalLM
+from pmnet.baselines.ntm import NTMConfig, NTMCore, NTMForCausalLM, NTMState
 
-__all__ = ["CONTROLS", "Carry", "LSTMConfig", "LSTMForCausalLM", "carries", "control", "load_any"]
+__all__ = [
+    "CONTROLS",
+    "Carry",
+    "LSTMConfig",
+    "LSTMForCausalLM",
+    "NTMConfig",
+    "NTMCore",
+    "NTMForCausalLM",
+    "NTMState",
+    "VariantConfig",
+    "VariantForCausalLM",
+    "carries",
+    "control",
+    "load_any",
+]

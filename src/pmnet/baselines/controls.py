@@ -7,6 +7,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Mamba2Config, MambaConfig, MistralConfig, PreTrainedConfig
 
 from pmnet.baselines.lstm import LSTMConfig
+from pmnet.baselines.memories import VariantConfig
+from pmnet.baselines.ntm import NTMConfig
 from pmnet.config import PMNetConfig
 
 
@@ -14,12 +16,15 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     """The configuration of control `name` that has as many parameters as the PMNet `like`.
 
     - `no-recurrence`: the same model, trained with states that are single rotations (`memory_cumsum=False`).
+    - `real-memory`: the same model whose slots hold plain numbers that are added up (`memory_kind="real"`).
+    - `gated-memory`: the same, and every write first forgets a part (`memory_kind="gated"`).
     - `sliding-window`: a Transformer of the same layers, width and window, hence the same reach; a wider MLP.
     - `llama`: full attention, twice the layers.
     - `mamba`: the same width, as many layers as fit.
     - `mamba2`, `mamba2-3x`: twice the layers, a state as large as fits; the second with three times the parameters.
     - `flat`: the same slots in one group, all of them read by every layer (fewer parameters: one write).
     - `lstm`: two layers, as wide as fits.
+    - `ntm`: a Neural Turing Machine of 128 slots of 20 numbers, its controller as wide as fits.
 
     Raises:
         ValueError: if there is no such control, or no size of it comes within two percent.
@@ -39,6 +44,11 @@ def _no_recurrence(like: PMNetConfig) -> PreTrainedConfig:
     other = copy.deepcopy(like)
     other.memory_cumsum = False
     return other
+
+
+def _variant(like: PMNetConfig, kind: str) -> PreTrainedConfig:
+    facts = {**like.to_dict(), "model_type": VariantConfig.model_type, "memory_kind": kind}
+    return VariantConfig.from_dict(facts, attn_implementation=like._attn_implementation)
 
 
 def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrainedConfig:
@@ -96,6 +106,13 @@ def _lstm(like: PMNetConfig) -> PreTrainedConfig:
     return _fitted(build, parameters(like), 1, 4 * like.hidden_size)
 
 
+def _ntm(like: PMNetConfig) -> PreTrainedConfig:
+    def build(width: int) -> PreTrainedConfig:
+        return NTMConfig(vocab_size=like.vocab_size, hidden_size=width)
+
+    return _fitted(build, parameters(like), 1, 4 * like.hidden_size)
+
+
 def _fitted(build: Callable[[int], PreTrainedConfig], target: int, low: int, high: int) -> PreTrainedConfig:
     """The configuration between `build(low)` and `build(high)` whose size comes closest to `target`."""
     while high - low > 1:
@@ -109,6 +126,8 @@ def _fitted(build: Callable[[int], PreTrainedConfig], target: int, low: int, hig
 
 CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "no-recurrence": _no_recurrence,
+    "real-memory": lambda like: _variant(like, "real"),
+    "gated-memory": lambda like: _variant(like, "gated"),
     "sliding-window": lambda like: _transformer(like, like.num_hidden_layers, like.sliding_window),
     "llama": lambda like: _transformer(like, 2 * like.num_hidden_layers, None),
     "mamba": _mamba,
@@ -116,4 +135,5 @@ CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "mamba2-3x": lambda like: _mamba2(like, 3),
     "flat": _flat,
     "lstm": _lstm,
+    "ntm": _ntm,
 }

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pmnet.model.load import load_model
 
-OTHERS = ("mistral", "llama", "mamba", "mamba2", "pmnet-lstm")
+OTHERS = ("mistral", "llama", "mamba", "mamba2", "pmnet-lstm", "pmnet-ntm", "pmnet-variant")
 
 
 def load_any(folder: Path) -> PreTrainedModel:

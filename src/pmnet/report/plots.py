@@ -40,7 +40,7 @@ def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int | None, pa
     axes.set_title(task)
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_memory(found: dict[str, Any], path: Path) -> None:
@@ -62,7 +62,7 @@ def plot_memory(found: dict[str, Any], path: Path) -> None:
     without.barh(names[::-1], [found["without"][name]["letters"] for name in names[::-1]])
     without.set_title("bytes right without")
     without.set_xlim(0, 1.03)
-    _save(figure, path)
+    save_png(figure, path)
 
 
 def plot_longcontext(rows: dict[str, dict[str, Any]], path: Path) -> None:
@@ -88,10 +88,11 @@ def plot_longcontext(rows: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set_ylabel("bits per byte")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
-    _save(figure, path)
+    save_png(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a PNG that appears complete or not at all."""
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, format="png")
     os.replace(partial, path)
