@@ -24,7 +24,7 @@ def page(root: Path) -> str:
         *_section("A million bytes: demo preset, seed 0", _cells(root.glob("demo/million/copy-paste.json"))),
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
         *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
-        *_runs("Grid of rotations", sorted(root.glob("phase-bits/*"), key=lambda p: int(p.name)), "phase_bits"),
+        *_runs("Grid of rotations, seed 0", [root / "demo" / "seed-0", *root.glob("phase-bits/*")], "phase_bits"),
         *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*/*.json"))),
         *_memory("How it does it", sorted(root.glob("*/**/memory.json"))),
     ]
@@ -73,17 +73,18 @@ def _seeds(title: str, folders: list[Path]) -> list[str]:
 
 
 def _runs(title: str, folders: list[Path], head: str) -> list[str]:
-    """One row per run: what it saw, how long it took, exact strings by distance."""
+    """One row per run: what it saw, how long it took, exact strings by distance; in the order of `head`."""
     rows, distances = [], []
     for folder in folders:
         if not (folder / "copy-paste.json").exists():
             continue
         stored, last = _load(folder / "copy-paste.json"), _last(folder)
         distances = [f"{cell['distance']:,.12g}" for cell in stored["cells"]]
-        rows.append([folder.name, f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB", f"{last['step']:,}",
+        name = f"{stored['model']['phase_bits']:2}" if head == "phase_bits" else folder.name
+        rows.append([name, f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB", f"{last['step']:,}",
                      f"{last['seconds']:.0f} s", *(_percent(cell["exact"]) for cell in stored["cells"])])  # fmt: skip
     heads = [head, "parameters", "bytes seen", "steps", "training", *(f"exact at {d}" for d in distances)]
-    return [f"## {title}", _table(heads, rows)] if rows else []
+    return [f"## {title}", _table(heads, sorted(rows))] if rows else []
 
 
 def _tasks(title: str, paths: list[Path]) -> list[str]:

@@ -9,35 +9,41 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pmnet
-from benchmarks import retrieval
+from benchmarks import books, retrieval
 from pmnet.model import remote
 from pmnet.model.load import load_model
 from tests.conftest import run_cli
 
 ROOT = Path(__file__).parent.parent
 BOX = ROOT / "models" / "copy-paste"
+BOXES = sorted((ROOT / "models").iterdir())
 
 
 def test_the_retrieval_page_is_that_of_its_files():
     assert (ROOT / "results" / "retrieval" / "README.md").read_text() == retrieval.page(ROOT / "results" / "retrieval")
 
 
+def test_the_page_of_the_books_is_that_of_its_files():
+    assert (books.ROOT / "README.md").read_text() == books.text(books.ROOT)
+
+
 def test_every_stored_result_says_where_it_comes_from():
-    paths = list((ROOT / "results" / "retrieval").rglob("*.json"))
-    assert len(paths) > 5
+    paths = [path for name in ("retrieval", "books") for path in (ROOT / "results" / name).rglob("*.json")]
+    assert len(paths) > 20
     for path in paths:
         stored = json.loads(path.read_text())
         assert {"command", "date", "commit", "versions", "machine"} <= set(stored), path
         assert re.fullmatch("[0-9a-f]{40}", stored["commit"]), path
 
 
-def test_the_box_is_small_complete_and_carries_the_present_code():
-    files = {path.name: path for path in BOX.iterdir()}
+@pytest.mark.parametrize("box", BOXES, ids=lambda path: path.name)
+def test_a_box_is_small_complete_and_carries_the_present_code(box):
+    files = {path.name: path for path in box.iterdir()}
     assert sum(path.stat().st_size for path in files.values()) < 16 * 2**20
     assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
     code = {f"{module.replace('.', '_')}.py": remote._code(module) for module in remote._needed()}
     assert code == {name: path.read_text() for name, path in files.items() if name.endswith(".py")}, (
-        "run `pmnet export models/copy-paste`"
+        f"run `pmnet export models/{box.name}`"
     )
 
 
