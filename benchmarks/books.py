@@ -34,21 +34,21 @@ class Entry:
         name: of its folder.
         options: of `pmnet train lm`, beside the preset `tiny`.
         rate_of: whose learning rate it takes; its own grid if None.
-        resets: how its state is also handled in `pmnet eval longcontext`.
+        measured: options of `pmnet eval longcontext`: how its state is also handled, what is taken away.
     """
 
     name: str
     options: tuple[str, ...] = ()
     rate_of: str | None = None
-    resets: tuple[str, ...] = ()
+    measured: tuple[str, ...] = ()
 
 
 MODELS = (
-    Entry("pmnet", resets=("30KiB",)),
+    Entry("pmnet", measured=("--reset", "30KiB", "--ablations")),
     Entry("no-recurrence", ("--model", "no-recurrence")),
     Entry("sliding-window", ("--model", "sliding-window")),
-    Entry("llama", ("--model", "llama"), resets=("256",)),
-    Entry("mamba2", ("--model", "mamba2"), resets=("30KiB",)),
+    Entry("llama", ("--model", "llama"), measured=("--reset", "256")),
+    Entry("mamba2", ("--model", "mamba2"), measured=("--reset", "30KiB")),
     Entry("mamba2-3x", ("--model", "mamba2-3x")),
 )
 ABLATIONS = (
@@ -79,9 +79,8 @@ def run(
         folder = to / "models" / entry.name
         _train(entry, data, folder, STEPS, best)
         if not (folder / "longcontext.json").exists():
-            resets = [part for reset in entry.resets for part in ("--reset", reset)]
             _pmnet("eval", "longcontext", str(folder / "model"), "--data", str(data / "test"), "--length", length,
-                   *resets, "--save", str(folder))  # fmt: skip
+                   *entry.measured, "--save", str(folder))  # fmt: skip
 
 
 def _train(entry: Entry, data: Path, folder: Path, steps: int, rate: float) -> None:
@@ -125,7 +124,8 @@ def text(root: Path) -> str:
         "# Books",
         "Made by `python -m benchmarks.books page` from the files beside this page, which name their command, seed,\n"
         "commit, versions and machine. Bits per byte of held-out novels, the first 512 KiB of each; *beyond* n: over\n"
-        "all bytes from position n on. Every model has read the same bytes in the same order.",
+        "all bytes from position n on. In a comparison all models have read the same bytes in the same order.",
+        *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_comparison("Models", _stored(root, MODELS)),
         *_comparison("Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, ABLATIONS)),
         *_grid(root / "grid"),

@@ -111,3 +111,11 @@ def test_the_million_bytes_of_the_readme_are_stored():
     quoted = f"at {cell['distance']:,.0f} bytes of random filler: {hits} of {cell['strings']} strings exact"
     quoted += f" (95 % interval from {low:.1f} %"
     assert quoted in " ".join((ROOT / "README.md").read_text().split())
+
+
+def test_the_phase_bits_of_the_readme_are_stored():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    stored = json.loads((ROOT / "results" / "retrieval" / "phase-bits" / "32" / "copy-paste.json").read_text())
+    cells = {cell["distance"]: f"{100 * cell['exact']:.1f} %" for cell in stored["cells"]}
+    assert f"at {cells[960]} at 960, and at {cells[10_000]} at 10,000" in text
+    assert cells[120] == "100.0 %"
