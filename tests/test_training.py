@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -267,14 +268,23 @@ def test_windows_cover_files_and_shift_labels(text):
 def test_two_processes_train_one_model(text, tmp_path):
     """`torch.distributed`: two ranks on two lanes each end with the model of one process on four."""
     run = tmp_path / "run"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet.cli",
-        "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert latest_checkpoint(run).name == "step-2"
+
+    def launch(*options):
+        command = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet.cli",
+            "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
+            "--checkpoint-seconds", "0", *options,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert latest_checkpoint(run).name == "step-2"
+        return weights(run)
+
+    together = launch()
+    shutil.rmtree(run / "checkpoints" / "step-2")  # every rank continues its own rows from step 1
+    for name, tensor in launch("--resume").items():
+        assert torch.equal(together[name], tensor), name
 
     plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=4, length=24)
     train(plan, ByteTask(ContiguousWindows(open_files([text]), 24, 4, plan.seed)), tmp_path / "one")
@@ -283,6 +293,6 @@ def test_two_processes_train_one_model(text, tmp_path):
         for folder in (run, tmp_path / "one")
     ]
     assert rates[0] == rates[1]
-    together, alone = weights(run), weights(tmp_path / "one")
+    alone = weights(tmp_path / "one")
     for name, tensor in alone.items():
         assert torch.allclose(together[name], tensor, atol=1e-4), name
