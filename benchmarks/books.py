@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pmnet.eval.longcontext import beyond
+from pmnet.eval.longcontext import beyond, slope
 from pmnet.report.plots import plot_longcontext
 
 ROOT = Path(__file__).parent.parent / "results" / "books"
@@ -124,7 +124,8 @@ def text(root: Path) -> str:
         "# Books",
         "Made by `python -m benchmarks.books page` from the files beside this page, which name their command, seed,\n"
         "commit, versions and machine. Bits per byte of held-out novels, the first 512 KiB of each; *beyond* n: over\n"
-        "all bytes from position n on. In a comparison all models have read the same bytes in the same order.",
+        "all bytes from position n on; *slope*: bits per byte for each doubling of the position after 8 KiB; *process*: memory\n"
+        "resident after the last book. In a comparison all models have read the same bytes in the same order.",
         *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_comparison("Models", _stored(root, MODELS)),
         *_comparison("Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, ABLATIONS)),
@@ -150,13 +151,14 @@ def _comparison(title: str, folders: list[Path]) -> list[str]:
                 [f"`{folder.name}`", row["mode"], f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB",
                  f"{config['recipe']['learning_rate']:g}", f"{row['total']:.3f}",
                  *(f"{fmean(beyond(row, point)):.3f}" for point in POINTS), f"{fmean(apart):+.3f}{spread}",
-                 f"{row['word_perplexity']:,.0f}", f"{last['bytes'] / last['seconds']:,.0f}",
+                 f"{slope(row, 8192) or 0:+.4f}", f"{row['word_perplexity']:,.0f}", f"{last['bytes'] / last['seconds']:,.0f}",
                  f"{row['bytes_per_second']:,.0f}",
-                 "" if row["state_bytes"] is None else f"{row['state_bytes'] / 1024:,.0f} KiB"]
+                 "" if row["state_bytes"] is None else f"{row['state_bytes'] / 1024:,.0f} KiB",
+                 f"{row['resident'] / 2**20:,.0f} MiB"]
             )  # fmt: skip
     heads = ["model", "state", "parameters", "bytes seen", "learning rate", "all", *(f"beyond {p:,}" for p in POINTS),
-             "beyond 8,192, to the first row (± standard error over books)", "word perplexity", "training, bytes/s",
-             "reading, bytes/s", "state"]  # fmt: skip
+             "beyond 8,192, to the first row (± standard error over books)", "slope", "word perplexity",
+             "training, bytes/s", "reading, bytes/s", "state", "process"]  # fmt: skip
     return [f"## {title}", _table(heads, rows)] if rows else []
 
 

@@ -12,7 +12,7 @@ from pmnet.baselines import control
 from pmnet.cli_longcontext import bytes_of
 from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
-from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, memory_facts, modes_of
+from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, memory_facts, modes_of, slope
 from pmnet.model import ByteTokenizer
 from pmnet.model.tokenizer import BOS
 from tests.conftest import run_cli, small_config, small_model
@@ -118,6 +118,8 @@ def test_beyond_weighs_bins_by_their_bytes():
     assert beyond(row, 64) == pytest.approx([(64 * 2 + 172 * 4) / 236, 172 * 8 / 236])
     assert beyond(row, 128) == [4.0, 8.0]
     assert beyond(row, 129) == []
+    assert slope({"edges": [64, 128, 256, 512], "bits": [[9.0, 3.0, 2.5, 2.0]]}, 64) == pytest.approx(-0.5)
+    assert slope(row, 128) is None
     assert edges(64) == [64]
     assert edges(5) == [5]
     assert edges(129) == [64, 128, 129]

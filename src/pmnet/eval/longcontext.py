@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from statistics import fmean, linear_regression
 from typing import Any
 
 import psutil
@@ -191,3 +192,16 @@ def beyond(row: dict[str, Any], position: int) -> list[float]:
     kept = [index for index, low in enumerate(lower) if low >= position]
     widths = [row["edges"][index] - lower[index] for index in kept]
     return [sum(b[i] * w for i, w in zip(kept, widths, strict=True)) / sum(widths) for b in row["bits"]] if kept else []
+
+
+def slope(row: dict[str, Any], position: int) -> float | None:
+    """Bits per byte gained with every doubling of the position, from the bins that begin at `position` or later.
+
+    The least-squares slope of the mean over books, against the base-2 logarithm of the bins' upper edges; None with fewer
+    than two bins. Negative where more context helps.
+    """
+    kept = [index for index, low in enumerate([0, *row["edges"][:-1]]) if low >= position]
+    if len(kept) < 2:
+        return None
+    means = [fmean(book[index] for book in row["bits"]) for index in kept]
+    return linear_regression([math.log2(row["edges"][index]) for index in kept], means).slope
