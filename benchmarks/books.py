@@ -7,16 +7,23 @@
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Annotated, Any
 
+import torch
 import typer
+from transformers import AutoModelForCausalLM
 
+from pmnet.baselines import Carry, carries, control
 from pmnet.eval.longcontext import beyond, slope
 from pmnet.report.plots import plot_longcontext
+from pmnet.report.provenance import provenance, write_json
+from pmnet.train.loop import build_optimizers, loss_of
+from pmnet.train.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent / "results" / "books"
 RATES = (1e-3, 3e-3)
@@ -67,7 +74,7 @@ def run(
     data: Annotated[Path, typer.Option(help="Corpus made by `pmnet data books`.")] = Path("data/books"),
     to: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/books"),
     only: Annotated[str, typer.Option(help="Names separated by commas; all models and ablations if empty.")] = "",
-    length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "512KiB",
+    length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
     entries = [entry for entry in (*MODELS, *ABLATIONS) if not only or entry.name in only.split(",")]
@@ -110,6 +117,65 @@ def final_bits(folder: Path) -> float:
 
 
 @app.command()
+def speed(
+    rounds: Annotated[int, typer.Option(min=1)] = 7,
+    save: Annotated[Path, typer.Option(help="JSON file.")] = Path("runs/books/speed.json"),
+) -> None:
+    """Time a training step (16 x 256 bytes) and reading (4 x 1,024 bytes) of all models, in turns."""
+    runs = {entry.name: _steps(entry) for entry in MODELS}
+    seconds: dict[str, dict[str, list[float]]] = {name: {"train": [], "read": []} for name in runs}
+    for number in range(rounds + 1):
+        for name, steps in runs.items():
+            for kind, step in steps.items():
+                started = time.perf_counter()
+                step()
+                if number:  # the first round warms up
+                    seconds[name][kind].append(time.perf_counter() - started)
+    first = seconds[MODELS[0].name]
+    found: Json = {}
+    for name, taken in seconds.items():
+        found[name] = {
+            kind: {
+                "seconds": times,
+                "bytes_per_second": 4096 / median(times),
+                "times_first": median(base / mine for base, mine in zip(first[kind], times, strict=True)),
+            }
+            for kind, times in taken.items()
+        }
+        print(f"{name}: {found[name]['train']['bytes_per_second']:,.0f} bytes/s of training, "
+              f"{found[name]['read']['bytes_per_second']:,.0f} of reading")  # fmt: skip
+    write_json(save, provenance() | {"rounds": rounds, "models": found})
+
+
+def _steps(entry: Entry) -> dict[str, Callable[[], object]]:
+    """A training step and a read of a fresh model, 4,096 bytes each; a state is carried where there is one."""
+    recipe = RECIPES["lm"]["tiny"]()
+    config = recipe.model if not entry.options else control(entry.options[-1], recipe.model)
+    model = AutoModelForCausalLM.from_config(config)
+    optimizers, generator = build_optimizers(model, recipe), torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 256, (16, 256), generator=generator)
+    batch = {"input_ids": ids, "labels": ids.roll(-1, 1), "restart": torch.zeros(16, dtype=torch.bool)}
+    trained, reading = (Carry(model, rows) if carries(config) else None for rows in (16, 4))
+
+    def train() -> None:
+        model.train()
+        loss_of(model, batch, trained)[0].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    @torch.no_grad()
+    def read() -> None:
+        model.eval()
+        if reading is not None:
+            reading.read(ids.view(4, 1024))
+        else:
+            model(ids, use_cache=False)  # period by period
+
+    return {"train": train, "read": read}
+
+
+@app.command()
 def page() -> None:
     """Write the page and its picture."""
     lines = {folder.name: _load(folder)["rows"][0] for folder in _stored(ROOT, MODELS)}
@@ -123,13 +189,14 @@ def text(root: Path) -> str:
     parts = [
         "# Books",
         "Made by `python -m benchmarks.books page` from the files beside this page, which name their command, seed,\n"
-        "commit, versions and machine. Bits per byte of held-out novels, the first 512 KiB of each; *beyond* n: over\n"
-        "all bytes from position n on; *slope*: bits per byte for each doubling of the position after 8 KiB; *process*: memory\n"
-        "resident after the last book. In a comparison all models have read the same bytes in the same order.",
+        "commit, versions and machine. Bits per byte of held-out novels, read from their beginning; *beyond* n: over\n"
+        "all bytes from position n on; *slope*: bits per byte for each doubling of the position after 8 KiB;\n"
+        "*process*: memory resident at the end. In a comparison all models have read the same bytes in the same order.",
         *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_comparison("Models", _stored(root, MODELS)),
         *_comparison("Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, ABLATIONS)),
         *_grid(root / "grid"),
+        *_speed(root / "speed.json"),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -151,15 +218,19 @@ def _comparison(title: str, folders: list[Path]) -> list[str]:
                 [f"`{folder.name}`", row["mode"], f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB",
                  f"{config['recipe']['learning_rate']:g}", f"{row['total']:.3f}",
                  *(f"{fmean(beyond(row, point)):.3f}" for point in POINTS), f"{fmean(apart):+.3f}{spread}",
-                 f"{slope(row, 8192) or 0:+.4f}", f"{row['word_perplexity']:,.0f}", f"{last['bytes'] / last['seconds']:,.0f}",
-                 f"{row['bytes_per_second']:,.0f}",
+                 f"{slope(row, 8192) or 0:+.4f}", f"{row['word_perplexity']:,.0f}",
                  "" if row["state_bytes"] is None else f"{row['state_bytes'] / 1024:,.0f} KiB",
                  f"{row['resident'] / 2**20:,.0f} MiB"]
             )  # fmt: skip
     heads = ["model", "state", "parameters", "bytes seen", "learning rate", "all", *(f"beyond {p:,}" for p in POINTS),
-             "beyond 8,192, to the first row (± standard error over books)", "slope", "word perplexity",
-             "training, bytes/s", "reading, bytes/s", "state", "process"]  # fmt: skip
-    return [f"## {title}", _table(heads, rows)] if rows else []
+             "beyond 8,192, to the first row (± standard error over books)", "slope", "word perplexity", "state",
+             "process"]  # fmt: skip
+    if not rows:
+        return []
+    sizes = (
+        f"The first {_load(folders[0])['length']:,} bytes of {len(base['books'])} books: {', '.join(base['books'])}."
+    )
+    return [f"## {title}", sizes, _table(heads, rows)]
 
 
 def _grid(folder: Path) -> list[str]:
@@ -171,6 +242,18 @@ def _grid(folder: Path) -> list[str]:
     heads = ["model", *(f"{rate:g}" for rate in RATES)]
     title = f"## Learning rates: bits per byte over the last quarter of {GRID_STEPS} steps"
     return [title, _table(heads, rows)] if rows else []
+
+
+def _speed(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    heads = ["model", "training, bytes/s", "times `pmnet`", "reading, bytes/s", "times `pmnet`"]
+    rows = [
+        [f"`{name}`", *(cell for kind in ("train", "read") for cell in
+                        (f"{row[kind]['bytes_per_second']:,.0f}", f"{row[kind]['times_first']:.2f}"))]
+        for name, row in json.loads(path.read_text())["models"].items()
+    ]  # fmt: skip
+    return ["## Speed: medians of rounds in which all take turns", _table(heads, rows)]
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

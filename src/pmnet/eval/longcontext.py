@@ -197,8 +197,8 @@ def beyond(row: dict[str, Any], position: int) -> list[float]:
 def slope(row: dict[str, Any], position: int) -> float | None:
     """Bits per byte gained with every doubling of the position, from the bins that begin at `position` or later.
 
-    The least-squares slope of the mean over books, against the base-2 logarithm of the bins' upper edges; None with fewer
-    than two bins. Negative where more context helps.
+    The least-squares slope of the mean over books, against the base-2 logarithm of the bins' upper edges; None with
+    fewer than two bins. Negative where more context helps.
     """
     kept = [index for index, low in enumerate([0, *row["edges"][:-1]]) if low >= position]
     if len(kept) < 2:
