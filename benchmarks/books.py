@@ -4,7 +4,6 @@
 `python -m benchmarks.books page` writes `results/books/README.md` from what is stored beside it.
 """
 
-import json
 import subprocess
 import sys
 import time
@@ -12,12 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median, stdev
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from transformers import AutoModelForCausalLM
 
+from benchmarks.pages import Json, load, metrics, table
 from pmnet.baselines import Carry, carries, control
 from pmnet.eval.longcontext import beyond, slope
 from pmnet.report.plots import plot_longcontext
@@ -29,7 +29,6 @@ ROOT = Path(__file__).parent.parent / "results" / "books"
 RATES = (1e-3, 3e-3)
 GRID_STEPS, STEPS = 100, 500  # 0.4 MB to choose a learning rate, 2.0 MB to compare
 POINTS = (1024, 8192, 65536)
-Json = dict[str, Any]
 app = typer.Typer(add_completion=False)
 
 
@@ -112,7 +111,7 @@ def best_rate(grid: Path, name: str) -> float:
 
 def final_bits(folder: Path) -> float:
     """Bits per byte over the last quarter of a training run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(folder)
     return fmean(row["loss"] for row in rows[-max(1, len(rows) // 4) :]) / 0.6931471805599453
 
 
@@ -178,7 +177,7 @@ def _steps(entry: Entry) -> dict[str, Callable[[], object]]:
 @app.command()
 def page() -> None:
     """Write the page and its picture."""
-    lines = {folder.name: _load(folder)["rows"][0] for folder in _stored(ROOT, MODELS)}
+    lines = {folder.name: load(folder / "longcontext.json")["rows"][0] for folder in _stored(ROOT, MODELS)}
     if lines:
         plot_longcontext(lines, ROOT / "longcontext.png")
     (ROOT / "README.md").write_text(text(ROOT))
@@ -208,9 +207,9 @@ def _stored(root: Path, entries: Sequence[Entry]) -> list[Path]:
 
 def _comparison(title: str, folders: list[Path]) -> list[str]:
     rows = []
-    base = _load(folders[0])["rows"][0] if folders else {}
+    base = load(folders[0] / "longcontext.json")["rows"][0] if folders else {}
     for folder in folders:
-        stored, last, config = _load(folder), _last(folder), json.loads((folder / "config.json").read_text())
+        stored, last, config = load(folder / "longcontext.json"), metrics(folder)[-1], load(folder / "config.json")
         for row in stored["rows"]:
             apart = [mine - other for mine, other in zip(beyond(row, 8192), beyond(base, 8192), strict=True)]
             spread = f" ± {stdev(apart) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
@@ -227,10 +226,8 @@ def _comparison(title: str, folders: list[Path]) -> list[str]:
              "process"]  # fmt: skip
     if not rows:
         return []
-    sizes = (
-        f"The first {_load(folders[0])['length']:,} bytes of {len(base['books'])} books: {', '.join(base['books'])}."
-    )
-    return [f"## {title}", sizes, _table(heads, rows)]
+    sizes = f"The first {load(folders[0] / 'longcontext.json')['length']:,} bytes of {len(base['books'])} books: {', '.join(base['books'])}."
+    return [f"## {title}", sizes, table(heads, rows)]
 
 
 def _grid(folder: Path) -> list[str]:
@@ -241,7 +238,7 @@ def _grid(folder: Path) -> list[str]:
             rows.append([f"`{entry.name}`", *(f"{final_bits(cell):.3f}" for cell in cells)])
     heads = ["model", *(f"{rate:g}" for rate in RATES)]
     title = f"## Learning rates: bits per byte over the last quarter of {GRID_STEPS} steps"
-    return [title, _table(heads, rows)] if rows else []
+    return [title, table(heads, rows)] if rows else []
 
 
 def _speed(path: Path) -> list[str]:
@@ -251,24 +248,9 @@ def _speed(path: Path) -> list[str]:
     rows = [
         [f"`{name}`", *(cell for kind in ("train", "read") for cell in
                         (f"{row[kind]['bytes_per_second']:,.0f}", f"{row[kind]['times_first']:.2f}"))]
-        for name, row in json.loads(path.read_text())["models"].items()
+        for name, row in load(path)["models"].items()
     ]  # fmt: skip
-    return ["## Speed: medians of rounds in which all take turns", _table(heads, rows)]
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---:"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _load(folder: Path) -> Json:
-    loaded: Json = json.loads((folder / "longcontext.json").read_text())
-    return loaded
-
-
-def _last(folder: Path) -> Json:
-    loaded: Json = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return loaded
+    return ["## Speed: medians of rounds in which all take turns", table(heads, rows)]
 
 
 if __name__ == "__main__":

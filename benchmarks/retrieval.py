@@ -1,12 +1,12 @@
 """The tables of `results/retrieval/README.md`, made of the JSON files beside it: `python -m benchmarks.retrieval`."""
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.pages import Json, load, metrics, table
+
 ROOT = Path(__file__).parent.parent / "results" / "retrieval"
-Json = dict[str, Any]
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def page(root: Path) -> str:
 
 
 def _cells(paths: Any) -> list[Json]:
-    return [cell | {"reach": stored["reach"]} for path in sorted(paths) for stored in [_load(path)]
+    return [cell | {"reach": stored["reach"]} for path in sorted(paths) for stored in [load(path)]
             for cell in stored["cells"]]  # fmt: skip
 
 
@@ -47,12 +47,12 @@ def _section(title: str, cells: list[Json]) -> list[str]:
         for c in order
     ]  # fmt: skip
     heads = ["filler", "letters", "distance", "x reach", "strings", "exact", "95 %", "bytes right", "memory off: exact"]
-    return [f"## {title}", _table(heads, rows)]
+    return [f"## {title}", table(heads, rows)]
 
 
 def _seeds(title: str, folders: list[Path]) -> list[str]:
     """Medians and ranges over seeds, per distance."""
-    found = [_load(folder / "copy-paste.json") for folder in folders if (folder / "copy-paste.json").exists()]
+    found = [load(folder / "copy-paste.json") for folder in folders if (folder / "copy-paste.json").exists()]
     if not found:
         return []
     rows = []
@@ -68,7 +68,7 @@ def _seeds(title: str, folders: list[Path]) -> list[str]:
     return [
         f"## {title}",
         f"{len(found)} seeds, {found[0]['cells'][0]['strings']:,} strings each.",
-        _table(heads, rows),
+        table(heads, rows),
     ]
 
 
@@ -78,19 +78,19 @@ def _runs(title: str, folders: list[Path], head: str) -> list[str]:
     for folder in folders:
         if not (folder / "copy-paste.json").exists():
             continue
-        stored, last = _load(folder / "copy-paste.json"), _last(folder)
+        stored, last = load(folder / "copy-paste.json"), metrics(folder)[-1]
         distances = [f"{cell['distance']:,.12g}" for cell in stored["cells"]]
         name = f"{stored['model']['phase_bits']:2}" if head == "phase_bits" else folder.name
         rows.append([name, f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB", f"{last['step']:,}",
                      f"{last['seconds']:.0f} s", *(_percent(cell["exact"]) for cell in stored["cells"])])  # fmt: skip
     heads = [head, "parameters", "bytes seen", "steps", "training", *(f"exact at {d}" for d in distances)]
-    return [f"## {title}", _table(heads, sorted(rows))] if rows else []
+    return [f"## {title}", table(heads, sorted(rows))] if rows else []
 
 
 def _tasks(title: str, paths: list[Path]) -> list[str]:
     rows = []
     for path in paths:
-        stored, last = _load(path), _last(path.parent)
+        stored, last = load(path), metrics(path.parent)[-1]
         for c in stored["cells"]:
             rows.append([stored["task"], c["variant"], f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}",
                          _percent(c["exact"]), _percent(c["letters"]),
@@ -107,13 +107,13 @@ def _tasks(title: str, paths: list[Path]) -> list[str]:
         "memory off: bytes right",
         "bytes seen",
     ]
-    return [f"## {title}", _table(heads, rows)] if rows else []
+    return [f"## {title}", table(heads, rows)] if rows else []
 
 
 def _memory(title: str, paths: list[Path]) -> list[str]:
     parts = []
     for path in paths:
-        stored = _load(path)
+        stored = load(path)
         rows = [
             [str(index), f"{level['letters']['groups_visited']} of {level['groups']}",
              f"{level['letters']['mean_theta_radians']:.2f}", f"{level['filler']['mean_theta_radians']:.2f}",
@@ -126,27 +126,12 @@ def _memory(title: str, paths: list[Path]) -> list[str]:
                  "by a filler byte", "same group", "same slot", "phases that filler turned"]  # fmt: skip
         without = [[name, *map(_percent, right.values())] for name, right in stored["without"].items()]
         parts.append(f"### {path.parent.name}, strings of {stored['size']}")
-        parts += [_table(heads, rows), _table(["set to zero", "exact", "bytes right"], without)]
+        parts += [table(heads, rows), table(["set to zero", "exact", "bytes right"], without)]
     return [f"## {title}", *parts] if parts else []
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    lines = [heads, ["---:"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _percent(share: float) -> str:
     return f"{100 * share:.2f} %"
-
-
-def _load(path: Path) -> Json:
-    loaded: Json = json.loads(path.read_text())
-    return loaded
-
-
-def _last(folder: Path) -> Json:
-    loaded: Json = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-    return loaded
 
 
 if __name__ == "__main__":
