@@ -226,7 +226,8 @@ def _comparison(title: str, folders: list[Path]) -> list[str]:
              "process"]  # fmt: skip
     if not rows:
         return []
-    sizes = f"The first {load(folders[0] / 'longcontext.json')['length']:,} bytes of {len(base['books'])} books: {', '.join(base['books'])}."
+    length, books = load(folders[0] / "longcontext.json")["length"], base["books"]
+    sizes = f"The first {length:,} bytes of {len(books)} books: {', '.join(books)}."
     return [f"## {title}", sizes, table(heads, rows)]
 
 
