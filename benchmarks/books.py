@@ -4,6 +4,7 @@
 `python -m benchmarks.books page` writes `results/books/README.md` from what is stored beside it.
 """
 
+import math
 import subprocess
 import sys
 import time
@@ -112,7 +113,7 @@ def best_rate(grid: Path, name: str) -> float:
 def final_bits(folder: Path) -> float:
     """Bits per byte over the last quarter of a training run."""
     rows = metrics(folder)
-    return fmean(row["loss"] for row in rows[-max(1, len(rows) // 4) :]) / 0.6931471805599453
+    return fmean(row["loss"] for row in rows[-max(1, len(rows) // 4) :]) / math.log(2)
 
 
 @app.command()
