@@ -58,7 +58,7 @@ def _jacobian(stored: Json) -> list[str]:
         "## Gradients through time",
         f"Medians over {stored['rows']} sequences of random bytes. `state` is the gain of\n"
         "d state(t + n) / d state(t), of trees by level; `hand-down` that of d lowest state(t + n) / d root state(t);\n"
-        "`loss` the norm of d loss(t + n) / d state(t).",
+        "`loss` the norm of d loss(t + n) / d state(t), which float32 ends at 1e-45.",
         f"An integer added to the state of a level is, to the bit, the same integer {stored['positions']:,} positions\n"
         f"later, level by level: {shifts}.",
         "![curves](jacobian/jacobian.png)",
