@@ -26,7 +26,7 @@ def page(root: Path) -> str:
         *_of(root / "training" / "training.json", _training),
         *_of(root / "precision" / "precision.json", _precision),
         *_of(root / "saturation" / "saturation.json", _saturation),
-        *_of(root / "ntm-copy" / "copy.json", _copy),
+        *_of(root / "ntm-copy" / "copy.json", lambda stored: _copy(stored, _norms(root / "ntm-copy"))),
         *_of(root / "cost" / "cost.json", _cost),
         *_whole([*sorted(root.glob("runs/*")), *sorted(root.parent.glob("retrieval/demo/seed-*"))], root.parent),
     ]
@@ -159,7 +159,7 @@ def _saturation(stored: Json) -> list[str]:
     ]
 
 
-def _copy(stored: Json) -> list[str]:
+def _copy(stored: Json, norms: list[str]) -> list[str]:
     rows = [
         [str(row["vectors"]), str(row["sequences"]), _percent(row["exact"]), f"{100 * row['bits']:.3f} %"]
         for row in stored["lengths"]
@@ -167,7 +167,8 @@ def _copy(stored: Json) -> list[str]:
     return [
         "## The Neural Turing Machine on the copy task of its paper",
         f"{stored['parameters']:,} parameters, {stored['steps']:,} steps of {stored['batch_size']} sequences of 1 to\n"
-        f"{stored['longest']} vectors, learning rate {stored['learning_rate']:g}, seed {stored['seed']}.",
+        f"{stored['longest']} vectors, learning rate {stored['learning_rate']:g}, seed {stored['seed']}. Gradient\n"
+        f"norm before clipping, every tenth step: median {norms[0]}, 99th percentile {norms[1]}, greatest {norms[2]}.",
         _table(["vectors", "sequences", "exact", "bits right"], rows, 0),
     ]
 
@@ -187,13 +188,18 @@ def _cost(stored: Json) -> list[str]:
     ]
 
 
+def _norms(folder: Path) -> list[str]:
+    """Median, 99th percentile and greatest gradient norm of the steps in `metrics.jsonl`."""
+    norms = sorted(json.loads(line)["norm"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+    return [_short(norms[round(share * (len(norms) - 1))]) for share in (0.5, 0.99, 1)]
+
+
 def _whole(folders: list[Path], root: Path) -> list[str]:
     """Whole training runs: norms before clipping, speed, and exact strings where they were measured."""
     rows, distances = [], set[int]()
     for folder in folders:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         facts, last = _load(folder / "config.json"), lines[-1]
-        norms = sorted(line["norm"] for line in lines)
         scores = folder / "copy-paste.json"
         cells = _load(scores)["cells"] if scores.exists() else []
         distances |= {round(cell["distance"]) for cell in cells}
@@ -201,8 +207,8 @@ def _whole(folders: list[Path], root: Path) -> list[str]:
         rows.append([
             str(folder.relative_to(root)), f"{last['step']:,}",
             _short(facts["recipe"]["learning_rate"]), _short(facts["recipe"]["clip"]),
-            f"{last['bytes'] / 1e6:.2f} MB", f"{last['bytes'] / last['seconds']:,.0f}", _short(norms[len(norms) // 2]),
-            _short(norms[int(0.99 * (len(norms) - 1))]), _short(norms[-1]), f"{last['loss']:.3g}", exact,
+            f"{last['bytes'] / 1e6:.2f} MB", f"{last['bytes'] / last['seconds']:,.0f}", *_norms(folder),
+            f"{last['loss']:.3g}", exact,
         ])  # fmt: skip
     if not rows:
         return []
