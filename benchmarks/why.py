@@ -103,7 +103,7 @@ def _precision(stored: Json) -> list[str]:
         "and the greatest difference between a sequence computed in a batch and alone.",
         "![precision](precision/precision.png)",
         _table(["form", "positions", "rms error", "greatest", "batch neighbours"], rows, 1),
-        "Loss of a short byte-level training on text, median of the seeds:",
+        "Loss of a short byte-level training on text, the same bytes for all seeds, median of the seeds:",
         _table(heads, curves, 1),
     ]
 
@@ -154,7 +154,7 @@ def _saturation(stored: Json) -> list[str]:
         "dithering, and ratio of the norms, by `phase_bits`:",
         _table(["writes", "rotation (rad)", *(f"{b} bits" for b in (4, 5, 6, 7, 8, 12))], bias, 1),
         "All parameters of an untrained model, one batch of text: gradient at `phase_bits` against the gradient of\n"
-        "the same weights without rounding, median over seeds:",
+        "the same weights without rounding, median over seeds of the weights:",
         _table(["bits", "cosine", "ratio"], model, 1),
     ]
 
