@@ -183,7 +183,8 @@ def _cost(stored: Json) -> list[str]:
     heads = ["model", "parameters", "positions", "rows", "bytes/s", "range", "peak memory, MiB"]
     return [
         "## Cost of a training step",
-        f"Forward, backward and AdamW, median of {stored['steps']} steps; memory beyond that of the model.",
+        f"Forward, backward and AdamW, one thread, processor time, median of {stored['steps']} steps; memory beyond\n"
+        "that of the model.",
         _table(heads, rows, 1),
     ]
 
@@ -207,12 +208,12 @@ def _whole(folders: list[Path], root: Path) -> list[str]:
         rows.append([
             str(folder.relative_to(root)), f"{last['step']:,}",
             _short(facts["recipe"]["learning_rate"]), _short(facts["recipe"]["clip"]),
-            f"{last['bytes'] / 1e6:.2f} MB", f"{last['bytes'] / last['seconds']:,.0f}", *_norms(folder),
+            f"{last['bytes'] / 1e6:.2f} MB", *_norms(folder),
             f"{last['loss']:.3g}", exact,
         ])  # fmt: skip
     if not rows:
         return []
-    heads = ["run", "steps", "rate", "clip", "bytes", "bytes/s", "median norm", "99 %", "max", "last loss"]
+    heads = ["run", "steps", "rate", "clip", "bytes", "median norm", "99 %", "max", "last loss"]
     table = [[*row[:-1], *(row[-1].get(n, "") for n in sorted(distances))] for row in rows]
     return [
         "## Whole runs on copy-paste",
