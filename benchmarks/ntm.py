@@ -55,7 +55,7 @@ def sequences(rows: int, length: int, generator: torch.Generator) -> tuple[Tenso
 
 def batch(seed: int, step: int, rows: int) -> tuple[Tensor, Tensor]:
     """The training batch of a step, a function of seed and step."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     length = int(torch.randint(1, LONGEST + 1, (), generator=generator))
     return sequences(rows, length, generator)
 

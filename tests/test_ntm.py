@@ -85,6 +85,7 @@ def test_the_copy_task_is_that_of_the_paper():
     assert inputs[:, 4, 8].eq(1).all()
     assert inputs[:, 5:].eq(0).all()
     assert {len(ntm.batch(0, step, 2)[1][0]) for step in range(400)} == set(range(1, 21))
+    assert not torch.equal(ntm.batch(0, 3, 2)[0][:, :2], ntm.batch(1, 3, 2)[0][:, :2])
 
 
 def test_a_stopped_run_continues_to_the_same_weights(tmp_path, monkeypatch, capsys):

@@ -128,7 +128,7 @@ def saturation_command(
     models = []
     for seed in range(seeds):
         torch.manual_seed(seed)
-        models.append(model_bias(PMNetForCausalLM(demo_model()).train(), text_batch(4, 128, seed, 0)))
+        models.append(model_bias(PMNetForCausalLM(demo_model()).train(), text_batch(4, 128, 0)))
     facts = provenance() | {"rows": rows, "trials": trials, "seeds": seeds, "memory_size": size}
     results = {"spread": found, "capacity": capacity(size, trials, 0), "bias": biases(size, seeds), "models": models}
     write_json(save / "saturation.json", facts | results)

@@ -82,9 +82,9 @@ def state_errors(
     return found
 
 
-def text_batch(rows: int, length: int, seed: int, step: int) -> dict[str, Tensor]:
+def text_batch(rows: int, length: int, step: int) -> dict[str, Tensor]:
     """A batch of a byte language model on the text that comes with Python: ids and labels `[B, T]`."""
-    generator = torch.Generator().manual_seed(seed * 2**32 + step)
+    generator = torch.Generator().manual_seed(step)
     ids, _ = Filler("text").draw(rows, length + 1, generator).columns(0, length + 1)
     return {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}
 
@@ -95,7 +95,8 @@ def loss_curve(config: PreTrainedConfig, precision: str, recipe: Recipe) -> list
     Args:
         config: of the model.
         precision: `float32`, `bf16 autocast`, or `bf16 weights` (weights, moments and activations).
-        recipe: steps, batch size, length, learning rate, clip and seed.
+        recipe: steps, batch size, length, learning rate, clip, and the seed of the initial weights; the data is always
+            the same.
     """
     torch.manual_seed(recipe.seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).train()
@@ -103,7 +104,7 @@ def loss_curve(config: PreTrainedConfig, precision: str, recipe: Recipe) -> list
         model = model.to(torch.bfloat16)
     optimizers, losses = build_optimizers(model, recipe), list[float]()
     for step in range(recipe.steps):
-        batch = text_batch(recipe.batch_size, recipe.length, recipe.seed, step)
+        batch = text_batch(recipe.batch_size, recipe.length, step)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
             loss, _ = loss_of(model, batch)
         losses.append(loss.item())

@@ -58,7 +58,7 @@ def run(config: PreTrainedConfig, trial: Trial) -> tuple[list[float], list[float
     optimizer = torch.optim.AdamW(model.parameters(), lr=trial.rate, betas=(0.9, 0.95), weight_decay=0.0)
     losses, norms = list[float](), list[float]()
     for step in range(trial.steps):
-        generator = torch.Generator().manual_seed(trial.seed * 2**32 + step)
+        generator = torch.Generator().manual_seed(1_000_003 * trial.seed + step)  # it has 32 bits
         loss, _ = loss_of(model, training_batch(problem.draw(trial.rows, generator)))
         optimizer.zero_grad()
         loss.backward()
