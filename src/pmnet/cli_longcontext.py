@@ -43,6 +43,8 @@ def longcontext_command(
         for mode in modes:
             bar = progress.add_task(mode.name, total=size * len(books))
             rows.append(bits_by_position(network, files, size, mode, partial(progress.advance, bar)))
+            if not progress.console.is_terminal:
+                progress.console.print(f"{mode.name}: {rows[-1]['total']:.4f} bits per byte", highlight=False)
             if save is not None:
                 write_json(save / "longcontext.json", facts | {"rows": rows})
     points = [point for point in POINTS if point < size]
