@@ -181,3 +181,6 @@ def test_a_run_that_carries_its_state_resumes_to_the_bit(name, books, tmp_path, 
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     for key, tensor in whole.items():
         assert torch.equal(tensor, cut[key]), key
+    (tmp_path / "cut" / "checkpoints" / "step-7" / "state.safetensors").unlink()
+    with pytest.raises(ValueError, match="step-7 is damaged"):
+        train(plan, source(), tmp_path / "cut", resume=True)

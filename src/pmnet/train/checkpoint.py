@@ -136,14 +136,13 @@ def load_checkpoint(
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:
-    """What the model remembered at a checkpoint; empty if it had read nothing.
+    """What the model remembered at a checkpoint.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is missing or damaged.
     """
-    path = folder / "state.safetensors"
     try:
-        return load_file(path) if path.exists() else {}
+        return load_file(folder / "state.safetensors")
     except (OSError, SafetensorError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
 
