@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
@@ -14,6 +15,8 @@ SHOWN = ("loss", "correct", "stage")
 
 class Reporter:
     """Live progress on a terminal (a line every ten seconds elsewhere), `metrics.jsonl` and `tensorboard/`.
+
+    Seconds of this attempt and resident memory in bytes are added to every row.
 
     Args:
         run: run folder.
@@ -26,7 +29,7 @@ class Reporter:
         self.speaks = speaks
         if not speaks:
             return
-        self.console = Console(stderr=True)
+        self.console, self.process = Console(stderr=True), psutil.Process()
         self.path = run / "metrics.jsonl"
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
@@ -49,7 +52,7 @@ class Reporter:
         step = row["step"]
         elapsed = time.monotonic() - self.started
         rate = (step - self.first) / elapsed
-        row = row | {"seconds": round(elapsed, 2)}
+        row = row | {"seconds": round(elapsed, 2), "resident": self.process.memory_info().rss}
         text = "  ".join(f"{name} {_short(row[name])}" for name in SHOWN if name in row)
         self.progress.update(self.bar, completed=step, text=f"{text}  {rate:.1f} steps/s")
         if not self.console.is_terminal and (time.monotonic() - self.spoken > 10 or step == self.total):
