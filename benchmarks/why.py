@@ -8,6 +8,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent / "results" / "why"
 Json = dict[str, Any]
+TRAINED = "Gradients through the trained Turing machine"
 DISTANCES = (1, 64, 1024, 65_536)
 
 
@@ -22,7 +23,10 @@ def page(root: Path) -> str:
         "# Why it trains",
         "Made by `python -m benchmarks.why` from the files beside this page, which name their command, seed, commit,\n"
         "versions and machine. What they show, and what not: [docs/why-it-trains.md](../../docs/why-it-trains.md).",
-        *_of(root / "jacobian" / "jacobian.json", _jacobian),
+        *_of(
+            root / "jacobian" / "jacobian.json", lambda stored: _jacobian(stored, "Gradients through time", "jacobian")
+        ),
+        *_of(root / "jacobian-ntm" / "jacobian.json", lambda stored: _jacobian(stored, TRAINED, "jacobian-ntm")),
         *_of(root / "training" / "training.json", _training),
         *_of(root / "precision" / "precision.json", _precision),
         *_of(root / "saturation" / "saturation.json", _saturation),
@@ -37,7 +41,7 @@ def _of(path: Path, section: Callable[[Json], list[str]]) -> list[str]:
     return section(_load(path)) if path.exists() else []
 
 
-def _jacobian(stored: Json) -> list[str]:
+def _jacobian(stored: Json, title: str, folder: str) -> list[str]:
     rows = []
     for model in stored["models"]:
         for label, curve in model["curves"].items():
@@ -49,21 +53,27 @@ def _jacobian(stored: Json) -> list[str]:
             ])  # fmt: skip
     exact = [model for model in stored["models"] if "shift_exact" in model]
     heads = ["model", "weights", "curve", *(f"n = {n:,}" for n in DISTANCES[:-1]), "greatest n", "there"]
-    shifts = "; ".join(
-        f"{model['name']} {'trained' if model['folder'] else 'at initialisation'}: "
-        + ", ".join("yes" if shift else "no" for shift in model["shift_exact"])
-        for model in exact
-    )
     return [
-        "## Gradients through time",
+        f"## {title}",
         f"Medians over {stored['rows']} sequences of random bytes. `state` is the gain of\n"
         "d state(t + n) / d state(t), of trees by level; `hand-down` that of d lowest state(t + n) / d root state(t);\n"
         "`loss` the norm of d loss(t + n) / d state(t), which float32 ends at 1e-45.",
-        f"An integer added to the state of a level is, to the bit, the same integer {stored['positions']:,} positions\n"
-        f"later, level by level: {shifts}.",
-        "![curves](jacobian/jacobian.png)",
+        *([_shifts(exact, stored["positions"])] if exact else []),
+        f"![curves]({folder}/jacobian.png)",
         _table(heads, rows, 3),
     ]
+
+
+def _shifts(models: list[Json], positions: int) -> str:
+    found = [
+        f"{model['name']} {'trained' if model['folder'] else 'at initialisation'}: "
+        + ", ".join("yes" if shift else "no" for shift in model["shift_exact"])
+        for model in models
+    ]
+    return (
+        f"An integer added to the state of a level is, to the bit, the same integer {positions:,} positions later,\n"
+        f"level by level: {'; '.join(found)}."
+    )
 
 
 def _training(stored: Json) -> list[str]:
