@@ -218,6 +218,14 @@ def test_a_ladder_is_climbed_by_accuracy_or_when_time_is_up():
     assert stages[-1] == len(stuck.stages)
 
 
+def test_seeds_draw_different_batches():
+    """A generator keeps 32 bits of its seed, so a seed above them would give every run the same data."""
+    plan = RECIPES["copy-paste"]["demo"]()
+    first = [LADDERS["copy-paste"](replace(plan, seed=seed)).batch(3)["input_ids"] for seed in (0, 0, 1, 2)]
+    assert torch.equal(first[0], first[1])
+    assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in (first[1:3], first[2:4]))
+
+
 @pytest.mark.parametrize("name", list(LADDERS))
 def test_every_task_trains_and_a_ladder_resumes(name):
     plan = replace(RECIPES[name]["demo"](), batch_size=4)

@@ -58,7 +58,8 @@ class Ladder:
 
     def batch(self, index: int) -> Batch:
         """Batch `index` at the present stage."""
-        generator = torch.Generator().manual_seed(self.seed * 2**32 + index)
+        # a generator keeps 32 bits of what seeds it: an odd multiple keeps the streams of different seeds apart
+        generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + index) % 2**32)
         review = torch.rand((), generator=generator).item() < 0.3
         earlier = int(torch.randint(0, self.stage + 1, (), generator=generator))
         self.current = not (review and earlier < self.stage)
