@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import pmnet
 from benchmarks import books, retrieval
+from pmnet.eval.longcontext import beyond
 from pmnet.model import remote
 from pmnet.model.load import load_model
 from tests.conftest import run_cli
@@ -124,3 +126,52 @@ def test_the_phase_bits_of_the_readme_are_stored():
         stored = json.loads((folder / "copy-paste.json").read_text())
         cells = {cell["distance"]: f"{100 * cell['exact']:.1f}" for cell in stored["cells"]}
         assert (str(stored["model"]["phase_bits"]), cells[120], cells[960], cells[10_000]) in rows
+
+
+def test_the_books_of_the_readme_are_stored():
+    row = r"^\| `([\w-]+)` \| ([\w ]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \|$"
+    rows, first = re.findall(row, (ROOT / "README.md").read_text(), re.M), []
+    assert {row[0] for row in rows} == {
+        entry.name for entry in books.MODELS if (books.ROOT / "models" / entry.name).exists()
+    }
+    for name, state, size, everything, far, apart in rows:
+        stored = json.loads((books.ROOT / "models" / name / "longcontext.json").read_text())
+        (found,) = [row for row in stored["rows"] if row["mode"] == state]
+        bits = beyond(found, 8192)
+        first = first or bits
+        difference = fmean(mine - other for mine, other in zip(bits, first, strict=True))
+        expected = (f"{stored['parameters']:,}", f"{found['total']:.3f}", f"{fmean(bits):.3f}", f"{difference:+.3f}")
+        assert expected == (size, everything, far, apart)
+
+
+def test_the_card_of_the_books_quotes_the_stored_figures():
+    box = ROOT / "models" / "books-tiny"
+    stored = json.loads((books.ROOT / "box" / "longcontext.json").read_text())
+    text = (box / "README.md").read_text()
+    assert f"{load_model(box).num_parameters():,}" in text
+    for row in stored["rows"]:
+        figures = [row["total"], *(fmean(beyond(row, point)) for point in (1024, 8192, 65536))]
+        assert "| ".join([f"| {row['mode']} ", *(f"{figure:.3f} " for figure in figures)]) in text
+
+
+def test_what_the_readme_finds_in_the_books_is_stored():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    stored = {name: json.loads((books.ROOT / "models" / name / "longcontext.json").read_text())["rows"]
+              for name in ("pmnet", "no-recurrence", "mamba2")}  # fmt: skip
+    rows = {row["mode"]: row for row in stored["pmnet"]}
+    base = rows["carried"]
+
+    def worse(row) -> float:
+        return fmean(beyond(row, 8192)) - fmean(beyond(base, 8192))
+
+    assert f"the recurrence is worth {worse(rows['recurrence off']):.3f} bits per byte" in text
+    assert f"the same model trained without it is {-worse(stored['no-recurrence'][0]):.3f} better" in text
+    sizes = [stored[name][0]["state_bytes"] / 1024 for name in ("mamba2", "pmnet")]
+    assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-worse(stored['mamba2'][0]):.3f} better" in text
+    for name in ("pmnet", "mamba2"):
+        kept, reset = stored[name][:2]
+        assert reset["reset"] == 30 * 1024
+        assert abs(worse(kept) - worse(reset)) < 0.001
+    levels = base["memory"]
+    assert all(f"{level['phases']:.0%}" == "99%" for level in levels)
+    assert f"(resultant {levels[0]['resultant']:.2f} and {levels[1]['resultant']:.2f}, where" in text

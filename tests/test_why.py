@@ -33,3 +33,14 @@ def test_the_tables_of_the_derivation_are_rows_of_the_page():
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert len(pictures) == 4
     assert all((ROOT / "docs" / picture).resolve().is_file() for picture in pictures)
+
+
+def test_the_readme_quotes_stored_figures():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    cells = json.loads((STORED / "runs" / "ntm" / "copy-paste.json").read_text())["cells"]
+    exact = {cell["distance"]: f"{100 * cell['exact']:.1f} %" for cell in cells}
+    assert f"{exact[120]} of strings at up to 120 bytes of filler, and {exact[960]} at 960" in text
+    speed = {(row["name"], row["length"]): row["bytes_per_second"]
+             for row in json.loads((STORED / "cost" / "cost.json").read_text())["rows"]}  # fmt: skip
+    assert f"at 2,048 positions it trains at {speed['ntm', 2048]:,.0f} bytes" in text
+    assert f"the PMNet at {speed['pmnet', 2048]:,.0f}" in text

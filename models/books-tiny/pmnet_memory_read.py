@@ -1,0 +1,27 @@
+"""Read: what a position learns from the slots of its group (DESIGN section 1, step 3).
+
+Shapes: B, T, D hidden size, N slots, M phases, R read heads.
+"""
+
+from torch import Tensor, nn
+
+from .pmnet_config import PMNetConfig
+from .pmnet_ops import Linear, RMSNorm, read_slots
+
+
+class MemoryRead(nn.Module):
+    """Multi-head phase attention over the N slots of the visited group."""
+
+    def __init__(self, config: PMNetConfig):
+        super().__init__()
+        self.heads, self.size = config.num_memory_read_heads, config.memory_size
+        width = self.heads * self.size
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.proj_q = Linear(config.hidden_size, width)
+        self.proj_kv = Linear(2 * self.size, 2 * width)
+        self.proj_out = Linear(width, config.hidden_size)
+
+    def forward(self, hidden: Tensor, geometry: Tensor) -> Tensor:
+        """Read for every position: hidden `[B, T, D]`, geometry `[B, T, N, 2M]`, result `[B, T, D]`."""
+        query = self.proj_q(self.norm(hidden)).unflatten(-1, (self.heads, self.size))
+        return self.proj_out(read_slots(query, geometry, self.proj_kv.weight, self.proj_kv.bias))

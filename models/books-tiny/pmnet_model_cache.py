@@ -1,0 +1,288 @@
+"""The streaming state of a model: constant size, exact, and yours to move, fork, save and continue.
+
+Shapes: B sequences, W window, K key/value heads, E head_dim; memory tensors are `[B, G, N, M]` int32 turns.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import Cache
+
+from .pmnet_config import PMNetConfig
+from .pmnet_memory import empty_memory
+from .pmnet_model_attention import PastKeys
+
+FORMAT = "pmnet-cache-1"
+_COUNTERS = ("seen", "in_document", "next_position")
+
+
+class PMNetCache(Cache):
+    """Everything a PMNet remembers: the phase memory, the last `W - 1` keys and values, and three counters.
+
+    Its size does not depend on how much has been read. Passing it to a model advances it in place; so may tensors taken
+    from `memory` and the counters before (a `window` stays what it was). `clone()` keeps a state.
+
+    Args:
+        config: the model's configuration.
+        batch_size: B.
+        device, dtype: of the keys and values; the memory is always int32.
+
+    Attributes:
+        memory: one int32 tensor of turns per level, `[B, N**l, N, M]`.
+        seen: positions read per sequence, int64 `[B]`, padding excluded.
+        in_document: positions of each sequence's current document, int64 `[B]`.
+        next_position: rotary position that continues each sequence, int64 `[B]`.
+        columns: positions read including padding, the same for all sequences.
+    """
+
+    def __init__(
+        self,
+        config: PMNetConfig,
+        batch_size: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__(layers=[])
+        self.memory = empty_memory(config, batch_size, device)
+        shape = (batch_size, config.sliding_window - 1, config.num_key_value_heads, config.head_dim)
+        kind = dtype or torch.get_default_dtype()
+        self._ring: Ring | None = None
+        self._window = [
+            PastKeys(torch.zeros(shape, device=device, dtype=kind), torch.zeros(shape, device=device, dtype=kind))
+            for _ in range(config.num_hidden_layers)
+        ]
+        self.seen, self.in_document, self.next_position = (
+            torch.zeros(batch_size, dtype=torch.int64, device=device) for _ in _COUNTERS
+        )
+        self.columns = 0
+
+    @property
+    def window(self) -> list[PastKeys]:
+        """Keys and values per layer, `[B, W - 1, K, E]` each."""
+        return self._window if self._ring is None else self._ring.window()
+
+    @window.setter
+    def window(self, window: list[PastKeys]) -> None:
+        self._window, self._ring = window, None
+
+    def ring(self) -> "Ring":
+        """The window with room for at least one further position, so that a step moves no keys."""
+        if self._ring is None or self._ring.full:
+            self._ring = Ring(self.window)
+            self._window = []
+        return self._ring
+
+    def __repr__(self) -> str:
+        return f"PMNetCache(batch_size={self.batch_size}, columns={self.columns}, nbytes={self.nbytes:,})"
+
+    def __len__(self) -> int:
+        return len(self._window) if self._ring is None else len(self._ring.buffers)
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.seen.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values; the memory is int32."""
+        return (self._window if self._ring is None else self._ring.buffers)[0].keys.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; constant over a cache's life."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    @property
+    def is_initialized(self) -> bool:
+        """True: all tensors exist from the start."""
+        return True
+
+    @property
+    def is_croppable(self) -> bool:
+        """False: a rotation that was added to a sum of rotations cannot be told apart again."""
+        return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns read so far, padding included, whatever the layer."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def check_fits(self, config: PMNetConfig, batch_size: int) -> None:
+        """Raise ValueError, naming the difference, unless this is a state of such a model and batch."""
+        values = vars(config)  # attributes of a configuration are slow, and this runs before every step
+        slots, size, layers = values["num_memory"], values["memory_size"], values["num_hidden_layers"]
+        levels = layers // values["memory_write_period"]
+        past = (batch_size, values["sliding_window"] - 1, values["num_key_value_heads"], values["head_dim"])
+        window = self._window if self._ring is None else self._ring.window()[:1]
+        pairs: list[tuple[str, Tensor, tuple[int, ...]]]
+        pairs = [(f"memory.{i}", state, (batch_size, slots**i, slots, size)) for i, state in enumerate(self.memory)]
+        pairs += [(f"keys.{i}", keys, past) for i, (keys, _) in enumerate(window)]
+        pairs += [(f"values.{i}", value, past) for i, (_, value) in enumerate(window)]
+        pairs += [(name, getattr(self, name), (batch_size,)) for name in _COUNTERS]
+        for name, tensor, expected in pairs:
+            if tensor.shape != expected:
+                raise ValueError(
+                    f"this state does not fit the model: {name} should be {list(expected)}, got {list(tensor.shape)}"
+                )
+        if (len(self.memory), len(self)) != (levels, layers):
+            raise ValueError(
+                f"this state does not fit the model: it has {len(self.memory)} levels and {len(self)} layers, "
+                f"not {levels} and {layers}"
+            )
+
+    def reset(self) -> None:
+        """Forget everything, in place."""
+        self._map(torch.zeros_like)
+        self.columns = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Crop to empty; anything else is impossible for a state of constant size.
+
+        Args:
+            tokens_to_remove: 0 (nothing happens), or plus or minus the number of columns read (empties the cache).
+
+        Raises:
+            ValueError: for any other count.
+        """
+        if tokens_to_remove == 0:
+            return
+        if abs(tokens_to_remove) != self.columns:
+            raise ValueError(
+                f"PMNetCache can only be cropped to empty: it has read {self.columns} positions, "
+                f"asked to remove {abs(tokens_to_remove)}"
+            )
+        self.reset()
+
+    def detach(self) -> "PMNetCache":
+        """Cut the graph of keys and values in place (the memory carries no graph); returns self."""
+        self._map(Tensor.detach)
+        return self
+
+    def to(self, device: torch.device | str) -> "PMNetCache":
+        """Move every tensor to `device`, in place; returns self."""
+        self._map(lambda tensor: tensor.to(device))
+        return self
+
+    def clone(self) -> "PMNetCache":
+        """An independent copy: continue one prefix in several ways."""
+        other = object.__new__(PMNetCache)
+        other.__dict__.update(self.__dict__)
+        other._map(Tensor.clone)
+        return other
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b becomes a copy of row `beam_idx[b]` (beam search)."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows, int64 `[B']`."""
+        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times, copies side by side."""
+        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the state to a `.safetensors` file; the file appears complete or not at all.
+
+        Raises:
+            OSError: if the file cannot be written.
+        """
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps({"columns": self.columns})})
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "PMNetCache":
+        """Read a state written by `save`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not a complete PMNetCache.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no state file at {path}")
+        cache = object.__new__(cls)
+        Cache.__init__(cache, layers=[])
+        cache._ring = None
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is not a PMNetCache file")
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+                cache.columns = int(json.loads(metadata["state"])["columns"])
+            levels = sum(name.startswith("memory.") for name in tensors)
+            layers = sum(name.startswith("keys.") for name in tensors)
+            cache.memory = [tensors[f"memory.{level}"] for level in range(levels)]
+            cache.window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
+            cache.seen, cache.in_document, cache.next_position = (tensors[name] for name in _COUNTERS)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
+        return cache
+
+    def tensors(self) -> list[Tensor]:
+        """The whole state: memory by level, keys and values by layer, the counters."""
+        return list(self._tensors().values())
+
+    @classmethod
+    def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int = 1) -> "PMNetCache":
+        """The state that `tensors()` of a model's cache describes; `columns` matters to `crop` and `generate` only."""
+        cache = object.__new__(cls)
+        Cache.__init__(cache, layers=[])
+        levels, layers = config.num_levels, config.num_hidden_layers
+        cache.memory, rest = tensors[:levels], tensors[levels:]
+        cache.window = [PastKeys(*rest[2 * i : 2 * i + 2]) for i in range(layers)]
+        cache.seen, cache.in_document, cache.next_position = rest[2 * layers :]
+        cache.columns = columns
+        return cache
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"memory.{level}": state for level, state in enumerate(self.memory)}
+        for layer, past in enumerate(self.window):
+            tensors |= {f"keys.{layer}": past.keys, f"values.{layer}": past.values}
+        return tensors | {name: getattr(self, name) for name in _COUNTERS}
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.memory = [change(state) for state in self.memory]
+        self.window = [PastKeys(change(past.keys), change(past.values)) for past in self.window]
+        for name in _COUNTERS:
+            setattr(self, name, change(getattr(self, name)))
+
+
+class Ring:
+    """Buffers of keys and values with free places at the end; the window is a view that moves along."""
+
+    ROOM = 128
+
+    def __init__(self, window: list[PastKeys]):
+        self.offset, self.width = 0, window[0].keys.shape[1]
+        self.buffers = [PastKeys(_with_room(past.keys), _with_room(past.values)) for past in window]
+
+    @property
+    def full(self) -> bool:
+        """Whether the next step has no place for its key."""
+        return self.offset == self.ROOM
+
+    def window(self) -> list[PastKeys]:
+        """The last `W - 1` keys and values of every layer."""
+        part = slice(self.offset, self.offset + self.width)
+        return [PastKeys(buffer.keys[:, part], buffer.values[:, part]) for buffer in self.buffers]
+
+
+def _with_room(x: Tensor) -> Tensor:
+    buffer = x.new_empty(x.shape[0], x.shape[1] + Ring.ROOM, *x.shape[2:])
+    buffer[:, : x.shape[1]] = x
+    return buffer

@@ -1,0 +1,262 @@
+"""The Hugging Face classes: `PMNetModel`, `PMNetForCausalLM`.
+
+Shapes: B sequences, T positions of this call, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.generation import GenerationConfig
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .pmnet_config import PMNetConfig
+from .pmnet_memory import Visit, empty_memory
+from .pmnet_model_block import PMNetBlock
+from .pmnet_model_cache import PMNetCache
+from .pmnet_model_chunk import read_chunk
+from .pmnet_model_step import try_step
+from .pmnet_ops import Linear, RMSNorm, rotary_table
+
+
+class PMNetPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation shared by the model classes."""
+
+    config: PMNetConfig
+    config_class = PMNetConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["PMNetBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _is_stateful = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config
+        if isinstance(module, nn.Linear) and config.initializer_gain is not None:
+            init.normal_(module.weight, std=config.initializer_gain * module.in_features**-0.5)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.ParameterList):
+            for anchors in module:
+                init.normal_(anchors, std=config.anchor_initializer_range)
+        else:
+            super()._init_weights(module)
+
+
+class PMNetModel(PMNetPreTrainedModel):
+    """The stack of decoder layers with its memory tree; returns hidden states."""
+
+    def __init__(self, config: PMNetConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.memory_embeddings = nn.ParameterList(
+            nn.Parameter(torch.empty(config.memory_shape(level))) for level in range(config.num_levels)
+        )
+        self.layers = nn.ModuleList(PMNetBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The byte embedding."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the byte embedding."""
+        self.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PMNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Read T positions, continuing `past_key_values` if given.
+
+        Args:
+            input_ids: int64 in `[0, V)`, `[B, T]`; or give `inputs_embeds`, `[B, T, D]`.
+            attention_mask: 1 for real positions, 0 for padding, `[B, T]` (or longer; the last T columns count).
+                Padding may stand anywhere; it neither writes nor reads, and a row's result is that of the row alone.
+            position_ids: `[B, T]`. A position that does not increase starts a new document: it sees nothing
+                before it, in attention or memory. Without it, positions continue the cache.
+            past_key_values: the state to continue; advanced in place.
+            use_cache: return the state (a fresh one if none was given). Defaults to `config.use_cache` outside
+                training.
+            document_ids: `[B, T]`; a change of value starts a new document. The first position continues the
+                document of the cache.
+            output_hidden_states: also return the hidden states after the embedding and after each layer.
+            kwargs: other `transformers` keywords (`return_dict`, ...) are accepted and ignored.
+
+        Returns:
+            `last_hidden_state` `[B, T, D]` (meaningless at padding), `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: if ids are out of range, shapes do not agree, or the state is another model's.
+        """
+        if inputs_embeds is not None and input_ids is None:
+            hidden = inputs_embeds
+        elif input_ids is not None and inputs_embeds is None:
+            _check_ids(input_ids, self.config.vocab_size)
+            hidden = self.embed_tokens(input_ids)
+        else:
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if past_key_values is not None:
+            _check_cache(past_key_values, self.config, hidden.shape[0])
+        elif self.config.use_cache and not self.training if use_cache is None else use_cache:
+            past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
+
+        if (
+            past_key_values is not None
+            and hidden.shape[1] == 1
+            and not (self.training or output_hidden_states or document_ids is not None)
+        ):
+            stepped = try_step(
+                self.config, self.layers, self.memory_embeddings, self.norm, hidden, attention_mask, position_ids,
+                past_key_values,
+            )  # fmt: skip
+            if stepped is not None:
+                return BaseModelOutputWithPast(last_hidden_state=stepped, past_key_values=past_key_values)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
+        hidden = chunk.compact(hidden)
+        rotary = rotary_table(chunk.positions, self.config.head_dim, self.config.rope_theta, hidden)
+        if past_key_values is None:
+            memory = empty_memory(self.config, hidden.shape[0], hidden.device)
+        else:
+            memory = past_key_values.memory
+        below = Visit(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), None, None)
+        here = below
+        trace = [hidden]
+        after_memory, after_window = list(memory), []
+        for i, layer in enumerate(self.layers):
+            level = self.config.level_of(i)
+            past = past_key_values.window[i] if past_key_values is not None and past_key_values.columns else None
+            hidden, here, below, after_memory[level], past = layer(
+                hidden, here, below, self.memory_embeddings[level], after_memory[level], past, rotary,
+                chunk.window, chunk.tokens,
+            )  # fmt: skip
+            after_window.append(past)
+            trace.append(hidden)
+        if past_key_values is not None:
+            chunk.advance(past_key_values, after_memory, after_window)
+        return BaseModelOutputWithPast(
+            last_hidden_state=chunk.restore(self.norm(hidden)),
+            past_key_values=past_key_values,
+            hidden_states=tuple(chunk.restore(state) for state in trace) if output_hidden_states else None,
+        )
+
+
+class PMNetForCausalLM(PMNetPreTrainedModel, GenerationMixin):
+    """PMNet with the output head tied to the byte embedding; a causal language model for `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: PMNetConfig):
+        super().__init__(config)
+        self.model = PMNetModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: PMNetCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        document_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and the loss when labels are given.
+
+        Args:
+            labels: `[B, T]`, usually `input_ids`; shifted inside, -100 is ignored. The loss is the mean
+                cross-entropy in nats.
+            logits_to_keep: compute logits of the last so many positions only (0: all), or of these indices.
+            kwargs: passed to the loss function (`num_items_in_batch`, ...).
+
+        The other arguments are those of `PMNetModel.forward`.
+
+        Returns:
+            `logits` `[B, T, V]`, `loss`, `past_key_values`, `hidden_states`.
+
+        Raises:
+            ValueError: as `PMNetModel.forward`.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            document_ids=document_ids,
+            output_hidden_states=output_hidden_states,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`generate` must not build a growing key/value cache."""
+        return False
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Hook of `generate`: start from a PMNetCache unless the user brought one or switched caching off."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
+            model_kwargs["past_key_values"] = PMNetCache(self.config, rows, self.device, self.dtype)
+
+
+def _check_ids(ids: Tensor, vocab_size: int) -> None:
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be [batch, positions] with at least one position, got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
+
+
+def _check_cache(cache: PMNetCache, config: PMNetConfig, batch_size: int) -> None:
+    if not isinstance(cache, PMNetCache):
+        raise ValueError(f"past_key_values must be a PMNetCache, got {type(cache).__name__}")
+    if not torch.compiler.is_compiling():
+        cache.check_fits(config, batch_size)
+
+
+__all__ = ["PMNetForCausalLM", "PMNetModel", "PMNetPreTrainedModel"]

@@ -1,0 +1,192 @@
+"""One decode step in a single native call.
+
+A step computes what a forward pass over one position computes, with the same kernels in the same order and hence the
+same bits; it only leaves out the Python between them. It is taken when nothing could tell the difference: float32 on
+the CPU, no gradient, no tracing, every module the library's own and without hooks.
+
+Shapes: B rows, D hidden size, E head_dim.
+"""
+
+import ctypes
+from array import array
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from .pmnet_config import PMNetConfig
+from .pmnet_memory import MemoryRead, MemoryWrite
+from .pmnet_model_attention import SlidingWindowAttention
+from .pmnet_model_block import PMNetBlock, SwiGLU
+from .pmnet_model_cache import PMNetCache, Ring
+from .pmnet_ops import Int8Linear, Linear, RMSNorm, native
+from .pmnet_ops_linear import library_sums_in_order
+from .pmnet_ops_native import library
+from .pmnet_ops_phase import MOST_SLOTS
+
+_CONFIGURED = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
+    "num_memory", "memory_size", "num_memory_read_heads", "phase_bits", "memory_cumsum", "num_hidden_layers",
+    "memory_write_period",
+)  # fmt: skip
+
+
+class _Model(ctypes.Structure):
+    """`Model` of ops/native/step.cpp."""
+
+    _integers = (
+        "rows hidden intermediate heads kv_heads width window slots size read_heads bits cumulative layers period"
+    )
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in f"{_integers} buffer offset".split()),
+        ("theta", ctypes.c_double),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Unusual(Exception):
+    """A module is not what the native code stands for."""
+
+
+def try_step(
+    config: PMNetConfig,
+    layers: nn.ModuleList,
+    anchors: nn.ParameterList,
+    norm: nn.Module,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: PMNetCache,
+) -> Tensor | None:
+    """Read one position per row and advance `cache`.
+
+    Args:
+        config, layers, anchors, norm: of the model, which is in eval mode.
+        hidden: embeddings `[B, 1, D]`.
+        attention_mask, position_ids: as in `PMNetModel.forward`.
+        cache: the state to continue.
+
+    Returns:
+        The hidden states after the final norm, `[B, 1, D]`; None, with nothing changed, if this call needs the
+        general path.
+    """
+    if not _applies(config, hidden, attention_mask, position_ids, cache):
+        return None
+    values = vars(config)  # attributes of a configuration are slow
+    try:
+        weights = [_pointers_of(layer) for layer in layers]
+        _check(norm, RMSNorm)
+        final, tables = _float(norm._parameters["weight"]), [_float(anchor) for anchor in anchors]
+        ring = cache.ring()
+        per_layer, per_level = array("Q"), array("Q")
+        for found, buffer in zip(weights, ring.buffers, strict=True):
+            per_layer.extend(found)
+            per_layer.extend((_float(buffer.keys), _float(buffer.values)))
+    except _Unusual:
+        return None
+    if position_ids is not None:
+        cache.next_position = position_ids.expand(hidden.shape[0], 1).flatten().long().clone()
+    cache.memory = [memory.contiguous() for memory in cache.memory]
+    for table, memory in zip(tables, cache.memory, strict=True):
+        per_level.extend((table, memory.data_ptr(), memory.shape[1]))
+    out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden.shape[0], ring.offset)
+    kernels: Any = library()
+    kernels.decode_step(
+        out.data_ptr(), cache.seen.data_ptr(), cache.in_document.data_ptr(), cache.next_position.data_ptr(),
+        per_layer.buffer_info()[0], per_level.buffer_info()[0], final, ctypes.addressof(model),
+    )  # fmt: skip
+    ring.offset += 1
+    cache.columns += 1
+    return out
+
+
+def _applies(
+    config: PMNetConfig,
+    hidden: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: PMNetCache,
+) -> bool:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not native(hidden) or not library_sums_in_order():
+        return False
+    if config._attn_implementation not in ("eager", "sdpa") or config.num_memory > MOST_SLOTS:
+        return False
+    if cache.dtype != torch.float32 or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
+        return False
+    # padding, wrong shapes and a position that does not increase (a new document) are the general path's business
+    rows = hidden.shape[0]
+    if attention_mask is not None and (
+        attention_mask.dim() != 2 or attention_mask.shape[0] != rows or not bool(attention_mask[:, -1:].all())
+    ):
+        return False
+    return position_ids is None or (
+        tuple(position_ids.shape) in ((rows, 1), (1, 1))
+        and bool((position_ids >= cache.next_position.unsqueeze(1)).all())
+    )
+
+
+def _describe(values: Mapping[str, Any], rows: int, offset: int) -> _Model:
+    buffer, scale = values["sliding_window"] - 1 + Ring.ROOM, values["head_dim"] ** -0.5
+    numbers = (values[name] for name in _CONFIGURED)
+    return _Model(rows, *numbers, buffer, offset, values["rope_theta"], values["rms_norm_eps"], scale)
+
+
+def _pointers_of(layer: nn.Module) -> list[int]:
+    """Addresses of one layer's weights in the order of `Layer` in step.cpp; 0 for what is absent."""
+    _check(layer, PMNetBlock)
+    parts = layer._modules
+    attention, mlp = _inside(parts["self_attn"], SlidingWindowAttention), _inside(parts["mlp"], SwiGLU)
+    read = _inside(parts["memory_read_module"], MemoryRead)
+    write = _inside(parts["memory_write_module"], MemoryWrite) if "memory_write_module" in parts else {}
+    norms = [parts["input_layernorm"], attention["q_norm"], attention["k_norm"], parts["post_attention_layernorm"],
+             read["norm"], write.get("norm")]  # fmt: skip
+    products = [attention["q_proj"], attention["k_proj"], attention["v_proj"], attention["o_proj"],
+                mlp["gate_proj"], mlp["up_proj"], mlp["down_proj"], read["proj_q"], read["proj_kv"], read["proj_out"],
+                write.get("proj_q"), write.get("proj_k"), write.get("proj_v"), write.get("proj_out")]  # fmt: skip
+    reader = parts["memory_read_module"]
+    assert isinstance(reader, MemoryRead)
+    if type(read["proj_kv"]) is Int8Linear and read["proj_kv"].out_features % (2 * 16 * reader.heads):
+        raise _Unusual  # the values of a head would begin inside a panel
+    found = []
+    for norm in norms:
+        if norm is not None:
+            _check(norm, RMSNorm)
+        found.append(0 if norm is None else _float(norm._parameters["weight"]))
+    for product in products:
+        if product is None:
+            found += (0, 0, 0)
+            continue
+        if type(product) is Int8Linear:
+            found += _int8(product)
+            continue
+        _check(product, Linear)
+        bias = product._parameters["bias"]
+        found += (_float(product._parameters["weight"]), 0, 0 if bias is None else _float(bias))
+    return found
+
+
+def _int8(product: Int8Linear) -> tuple[int, int, int]:
+    _check(product, Int8Linear)
+    bias = product._buffers["bias"]
+    return product.panels.data_ptr(), _float(product.scale), 0 if bias is None else _float(bias)
+
+
+def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]:
+    _check(module, kind)
+    return {} if module is None else module._modules
+
+
+def _check(module: nn.Module | None, kind: type) -> None:
+    if module is None or type(module) is not kind or "forward" in vars(module):
+        raise _Unusual
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise _Unusual
+
+
+def _float(tensor: Tensor | None) -> int:
+    if tensor is None or tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+        raise _Unusual
+    return tensor.data_ptr()

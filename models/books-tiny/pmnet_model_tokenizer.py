@@ -1,0 +1,96 @@
+"""Bytes are bytes: ids 0-255 are the byte values, special tokens start at 256."""
+
+import os
+from collections.abc import Iterable
+
+from transformers import AddedToken, PreTrainedTokenizer
+
+VOCAB_SIZE = 384
+PAD, BOS, EOS, PASTE, COPY = 256, 257, 258, 259, 260
+MARKERS = {"<paste>": PASTE, "<copy>": COPY}  # of the tasks in `pmnet.data.tasks`
+PUBLISHED_IDS = {"pad_token": 0, "bos_token": 254, "eos_token": 255}
+_OWN_IDS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+
+
+class ByteTokenizer(PreTrainedTokenizer):
+    """Byte-level tokenizer; every byte string, valid UTF-8 or not, round-trips exactly.
+
+    Text is encoded as UTF-8 and never searched for special tokens: the six characters `<bos>` are five bytes.
+    No special token is added around a text.
+
+    Args:
+        errors: what `decode` does with invalid UTF-8 (`"replace"`, `"surrogateescape"`, ...); `decode_bytes` is
+            always exact.
+        published_ids: the special ids of the published checkpoints (pad 0, bos 254, eos 255), which collide with
+            real bytes. `encode_bytes` and `decode_bytes` still treat 0-255 as bytes.
+    """
+
+    model_input_names = ["input_ids", "attention_mask"]
+    padding_side = "left"
+
+    def __init__(
+        self,
+        errors: str = "replace",
+        published_ids: bool = False,
+        pad_token: str | AddedToken = "<pad>",
+        bos_token: str | AddedToken = "<bos>",
+        eos_token: str | AddedToken = "<eos>",
+        **kwargs: object,
+    ):
+        self.errors, self.published_ids = errors, published_ids
+        names = {"pad_token": pad_token, "bos_token": bos_token, "eos_token": eos_token}
+        self._special_ids = {
+            str(names[role]): index for role, index in (PUBLISHED_IDS if published_ids else _OWN_IDS).items()
+        }
+        self._added_tokens_decoder = {i: AddedToken(t, special=True) for t, i in self._special_ids.items()}
+        kwargs.pop("added_tokens_decoder", None)
+        kwargs["split_special_tokens"] = True
+        super().__init__(errors=errors, published_ids=published_ids, **names, **kwargs)
+
+    @property
+    def vocab_size(self) -> int:
+        """384: 256 bytes, the special tokens, and reserved ids."""
+        return VOCAB_SIZE
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token to id, one name per id; a special token is listed beside the byte whose id it shares."""
+        return {self._convert_id_to_token(i): i for i in range(VOCAB_SIZE)} | self._special_ids
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of raw bytes, one each."""
+        return list(data)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes among `ids`, exactly; ids of 256 and above are left out.
+
+        Args:
+            ids: integers or a one-dimensional tensor.
+        """
+        return bytes(i for i in map(int, ids) if i < 256)
+
+    def _tokenize(self, text: str, **kwargs: object) -> list[str]:
+        return [f"<0x{byte:02X}>" for byte in text.encode("utf-8", "surrogateescape")]
+
+    def _convert_token_to_id(self, token: str) -> int | None:
+        if token.startswith("<0x"):
+            return int(token[3:5], 16)
+        if token.startswith("<reserved_"):
+            return int(token[10:-1])
+        return MARKERS.get(token, self._special_ids.get(token))
+
+    def _convert_id_to_token(self, index: int) -> str:
+        if not 0 <= index < VOCAB_SIZE:
+            raise ValueError(f"token id {index} is outside [0, {VOCAB_SIZE})")
+        if index < 256:
+            return f"<0x{index:02X}>"
+        named = {i: token for token, i in (MARKERS | self._special_ids).items()}
+        return named.get(index, f"<reserved_{index}>")
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """Join tokens: bytes are decoded together as UTF-8, other tokens keep their names."""
+        parts = [bytes([int(t[3:5], 16)]) if t.startswith("<0x") else t.encode() for t in tokens]
+        return b"".join(parts).decode("utf-8", self.errors)
+
+    def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[()]:
+        """Nothing to save: the vocabulary is the bytes."""
+        return ()

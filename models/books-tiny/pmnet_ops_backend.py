@@ -1,0 +1,73 @@
+"""Which implementation an operator uses: the one dispatch point.
+
+`torch` works everywhere and in every dtype; `native` (C++) is for float32 on the CPU; `triton` is for CUDA devices.
+"""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .pmnet_ops_native import library
+
+BACKENDS = ("auto", "torch", "native", "triton")
+_forced = "auto"
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend within a `with` block.
+
+    Args:
+        name: `auto`, `torch`, `native` or `triton`. A forced backend is used wherever it can be: `native` needs float32
+            tensors on the CPU outside of autocast and 64 slots or fewer, `triton` needs the `triton` package and a CUDA
+            device (or its interpreter).
+
+    Raises:
+        ValueError: if there is no such backend.
+        RuntimeError: if it is not available on this machine.
+    """
+    global _forced
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    if name == "native" and library() is None:
+        raise RuntimeError("the native backend needs a C++ compiler with OpenMP")
+    if name == "triton" and not _triton_installed():
+        raise RuntimeError("the triton backend needs the triton package")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def native(*tensors: Tensor) -> bool:
+    """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32."""
+    return (
+        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        and _forced in ("auto", "native")
+        and not torch.is_autocast_enabled("cpu")
+        and _native_available()
+    )
+
+
+def triton(x: Tensor) -> bool:
+    """Whether operators on `x` run as Triton kernels."""
+    return _forced == "triton" or (_forced == "auto" and x.device.type == "cuda" and _triton_installed())
+
+
+@torch.compiler.assume_constant_result
+def _native_available() -> bool:
+    return library() is not None
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _triton_installed() -> bool:
+    try:
+        from .pmnet_ops_triton import operators  # noqa: F401
+    except ImportError:
+        return False
+    return True

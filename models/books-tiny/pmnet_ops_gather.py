@@ -1,0 +1,57 @@
+"""Row gathers with one index per batch entry."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Whole rows `x[b, index[b, i]]`.
+
+    Args:
+        x: `[B, S, ...]`, any dtype.
+        index: int64 in `[0, S)`, `[B, I]`.
+
+    Returns:
+        `[B, I, ...]`; differentiable with respect to `x`.
+    """
+    rows = index + x.shape[1] * torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+    return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *x.shape[2:])
+
+
+@torch.library.custom_op("pmnet_exported::lookup", mutates_args=())
+def lookup(table: Tensor, index: Tensor) -> Tensor:
+    """Rows `table[index]` of a small table, whose gradient is a matrix product.
+
+    The usual gradient of a lookup adds rows one by one (with atomics where it is parallel): slow when many positions
+    share few rows, and different from run to run. A product with the one-hot index is neither.
+
+    Args:
+        table: `[G, C]`.
+        index: int64 in `[0, G)`, any shape.
+
+    Returns:
+        `[*index.shape, C]`.
+    """
+    return table.index_select(0, index.flatten()).view(*index.shape, table.shape[1])
+
+
+@lookup.register_fake
+def _(table: Tensor, index: Tensor) -> Tensor:
+    return table.new_empty(*index.shape, table.shape[1])
+
+
+def _save_index(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.groups = inputs[0].shape[0]
+
+
+def _gradient_of_table(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    (index,) = ctx.saved_tensors
+    gradient = upstream.flatten(0, -2)
+    chosen = torch.arange(ctx.groups, device=index.device).unsqueeze(1) == index.flatten()
+    return chosen.to(gradient.dtype) @ gradient, None
+
+
+lookup.register_autograd(_gradient_of_table, setup_context=_save_index)

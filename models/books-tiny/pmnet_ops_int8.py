@@ -1,0 +1,84 @@
+"""Weight-only 8-bit integers for inference on the CPU: a quarter of the bytes that a decode step has to read.
+
+Every output has its own scale; a product is that of the float32 weights `scale * integer`, in the same order of
+summation, so the forms of a quantised model agree with each other to the bit as those of any other model do.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pmnet_ops_backend import native
+from .pmnet_ops_linear import MIN_ROWS, Linear, library_sums_in_order, row_stable_linear
+from .pmnet_ops_native import library
+
+_LANES = 16
+
+
+class Int8Linear(nn.Module):
+    """A `Linear` with its weight rounded to 8-bit integers, for inference only.
+
+    Args:
+        linear: the float32 layer to copy, `[O, K]`.
+    """
+
+    scale: Tensor
+    panels: Tensor
+
+    def __init__(self, linear: Linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        self.out_features, self.in_features = weight.shape
+        scale = weight.abs().amax(1).clamp(min=1e-30) / 127
+        rounded = (weight / scale.unsqueeze(1)).round().to(torch.int8)
+        padded = nn.functional.pad(rounded, (0, 0, 0, -self.out_features % _LANES))
+        # [O / 16, K, 16]: one load holds an input's weights of sixteen outputs
+        self.register_buffer("panels", padded.unflatten(0, (-1, _LANES)).transpose(1, 2).contiguous())
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight that is computed with, float32 `[O, K]`."""
+        rounded = self.panels.transpose(1, 2).flatten(0, 1)[: self.out_features]
+        return rounded.float() * self.scale.unsqueeze(1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[..., K]` to `[..., O]`."""
+        rows = input.reshape(-1, self.in_features)
+        bias: Any = self.bias
+        if rows.shape[0] >= MIN_ROWS or not native(rows) or not library_sums_in_order():
+            return row_stable_linear(input, self.weight, bias)
+        rows, kernels = rows.contiguous(), library()
+        out = rows.new_empty(rows.shape[0], self.out_features)
+        assert kernels is not None
+        kernels.linear_few_rows(
+            rows.data_ptr(), self.panels.data_ptr(), self.scale.data_ptr(), None if bias is None else bias.data_ptr(),
+            out.data_ptr(), *rows.shape, self.out_features,
+        )  # fmt: skip
+        return out.view(*input.shape[:-1], self.out_features)
+
+
+def quantize_int8(model: nn.Module) -> nn.Module:
+    """Replace every `Linear` inside the decoder layers by an `Int8Linear`, in place.
+
+    Embedding, output head, norms and anchors stay float32. The model can no longer be trained.
+
+    Args:
+        model: a float32 model on the CPU.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if a layer is not float32 on the CPU.
+    """
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is Linear and name != "lm_head":
+                if child.weight.dtype != torch.float32 or child.weight.device.type not in ("cpu", "meta"):
+                    raise ValueError(f"quantize_int8 needs float32 weights on the CPU, {name} has {child.weight.dtype} "
+                                     f"on {child.weight.device}")  # fmt: skip
+                setattr(parent, name, Int8Linear(child))
+    return model.requires_grad_(False)

@@ -1,0 +1,98 @@
+"""The CPU kernels: C++ compiled once on first use, called through `ctypes`.
+
+They exist because neither a matrix library nor a tracing compiler promises that a position's bits do not depend on
+how many positions are computed beside it; here every operation and every order of summation is written down.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_FLAGS = [
+    "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
+]  # fmt: skip
+
+_POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "rms_norm": [_POINTER] * 3 + [_INT] * 2 + [_FLOAT],
+    "rms_norm_backward": [_POINTER] * 5 + [_INT] * 3 + [_FLOAT],
+    "norm_rotate": [_POINTER] * 5 + [_INT] * 4 + [_FLOAT],
+    "norm_rotate_backward": [_POINTER] * 7 + [_INT] * 5 + [_FLOAT],
+    "rotary_table": [_POINTER] * 3 + [_INT] * 2 + [ctypes.c_double],
+    "silu_product": [_POINTER] * 3 + [_INT],
+    "silu_product_backward": [_POINTER] * 5 + [_INT],
+    "linear_few_rows": [_POINTER] * 5 + [_INT] * 3,
+    "window_attention": [_POINTER] * 5 + [_INT] * 7 + [_FLOAT],
+    "window_attention_backward": [_POINTER] * 8 + [_INT] * 7 + [_FLOAT],
+    "address": [_POINTER] * 4 + [_INT] * 4,
+    "address_backward": [_POINTER] * 7 + [_INT] * 4,
+    "mix": [_POINTER] * 3 + [_INT] * 4,
+    "mix_backward": [_POINTER] * 5 + [_INT] * 4,
+    "geometry": [_POINTER] * 4 + [_INT] * 3,
+    "geometry_backward": [_POINTER] * 3 + [_INT] * 2,
+    "segment_counts": [_POINTER] * 4 + [_INT] * 3,
+    "decode_step": [_POINTER] * 8,
+    "phase_write": [_POINTER] * 7 + [_INT] * 7,
+    "phase_write_backward": [_POINTER] * 9 + [_INT] * 7,
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None without their sources or, with one log line, without a C++ compiler with OpenMP."""
+    folder = Path(__file__).parent
+    sources = sorted(folder.glob("*.cpp"))
+    if not sources:  # code exported with a model goes without them
+        return None
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
+        key = hashlib.sha256(text + version + " ".join(_FLAGS).encode() + _processor()).hexdigest()[:24]
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmnet"
+        target = cache / f"kernels-{key}.so"
+        if not target.exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                built = Path(scratch) / "kernels.so"
+                command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built)]
+                subprocess.run(command, capture_output=True, check=True, text=True)
+                os.replace(built, target)
+        loaded = ctypes.CDLL(str(target))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logging.getLogger("pmnet").warning("CPU kernels are off, plain PyTorch is used instead: %s", reason)
+        return None
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded
+
+
+def kernels() -> Any:
+    """The compiled kernels, for code that runs only where `pmnet.ops.native` is true."""
+    return library()
+
+
+def pointers(*tensors: Tensor | None) -> list[int | None]:
+    """Addresses to pass to a kernel; the tensors must be contiguous and outlive the call."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _processor() -> bytes:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features"))).encode()
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()}".encode()

@@ -1,0 +1,193 @@
+"""What is computed row by row: RMSNorm, the rotary rotation of heads, the gate of the MLP.
+
+Shapes: B, T, D width of a row, H heads, E width of a head.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pmnet_ops_backend import native
+from .pmnet_ops_native import kernels
+
+_BLOCK = 64  # rows whose weight gradients are summed in turn, whatever the number of threads
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` in the dtype of its weight, so that autocast does not compute it in half precision."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., D]` to `[..., D]`, in the dtype of the weight."""
+        x = x.to(self.weight.dtype)
+        return _rms_norm(x, self.weight, self.eps or 0.0) if native(x) else super().forward(x)
+
+
+def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMSNorm of every head, then its rotary rotation in at least float32.
+
+    Args:
+        x: `[B, T, H, E]`.
+        norm: over E.
+        cos, sin: of the angles, `[B or 1, T, 1, E]`; element j turns together with element `j + E/2`.
+
+    Returns:
+        `[B, T, H, E]`.
+    """
+    if native(x, norm.weight):
+        return _norm_rotate(x, norm.weight, cos, sin, norm.eps or 0.0)
+    x = norm(x)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rotary_table(positions: Tensor, width: int, theta: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary angles of integer positions.
+
+    Angles are computed in float64 and only cos and sin are rounded, so position 1e7 is as exact as position 1.
+
+    Args:
+        positions: int64, `[B or 1, T]`.
+        width: E.
+        theta: base of the frequencies.
+        like: activations; the table is float64 if they are, float32 otherwise.
+
+    Returns:
+        Cosines and sines, `[B or 1, T, 1, E]` each.
+    """
+    table = _rotary_table(positions.long(), width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
+    return table[0], table[1]
+
+
+def silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, elementwise.
+
+    silu is spelled with tanh: torch's own differs in the last bit at the end of a vectorised run, and so would depend
+    on how the stream is cut into chunks.
+    """
+    if native(gate, up):
+        return _silu_product(gate, up)
+    wide = gate if gate.dtype == torch.float64 else gate.float()
+    return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up
+
+
+@torch.library.custom_op("pmnet_exported::rms_norm", mutates_args=())
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    width = x.shape[-1]
+    kernels().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    return out
+
+
+@torch.library.custom_op("pmnet_exported::rms_norm_backward", mutates_args=())
+def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    x, upstream = x.contiguous(), upstream.contiguous()
+    width, rows = x.shape[-1], x.numel() // x.shape[-1]
+    grad, parts = torch.empty_like(x), x.new_zeros(-(-rows // _BLOCK), width)
+    kernels().rms_norm_backward(
+        x.data_ptr(),
+        weight.data_ptr(),
+        upstream.data_ptr(),
+        grad.data_ptr(),
+        parts.data_ptr(),
+        rows,
+        width,
+        _BLOCK,
+        eps,
+    )
+    return grad, parts.sum(0)
+
+
+@torch.library.custom_op("pmnet_exported::norm_rotate", mutates_args=())
+def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = torch.empty_like(x)
+    positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
+    kernels().norm_rotate(
+        x.data_ptr(), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
+        positions, cos.numel() // width, heads, width, eps,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("pmnet_exported::norm_rotate_backward", mutates_args=())
+def _norm_rotate_backward(
+    x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, upstream: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    x, cos, sin, upstream = x.contiguous(), cos.contiguous(), sin.contiguous(), upstream.contiguous()
+    positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
+    grad, parts = torch.empty_like(x), x.new_zeros(-(-positions // _BLOCK), width)
+    kernels().norm_rotate_backward(
+        x.data_ptr(), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), upstream.data_ptr(), grad.data_ptr(),
+        parts.data_ptr(), positions, cos.numel() // width, heads, width, _BLOCK, eps,
+    )  # fmt: skip
+    return grad, parts.sum(0)
+
+
+@torch.library.custom_op("pmnet_exported::rotary_table", mutates_args=())
+def _rotary_table(positions: Tensor, width: int, theta: float, double: bool, natively: bool) -> Tensor:
+    """`[2, B or 1, T, E]`; one operator, lest a compiler repeats it in every use."""
+    if natively:
+        positions = positions.contiguous()
+        table = positions.new_empty(2, *positions.shape, width, dtype=torch.float32)
+        kernels().rotary_table(
+            positions.data_ptr(), table[0].data_ptr(), table[1].data_ptr(), positions.numel(), width, theta
+        )
+        return table
+    exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
+    angles = positions.double().unsqueeze(-1) * theta**-exponents
+    angles = torch.cat([angles, angles], dim=-1)
+    table = torch.stack([angles.cos(), angles.sin()])
+    return table if double else table.float()
+
+
+@_rotary_table.register_fake
+def _(positions: Tensor, width: int, theta: float, double: bool, natively: bool) -> Tensor:
+    return positions.new_empty(2, *positions.shape, width, dtype=torch.float64 if double else torch.float32)
+
+
+@torch.library.custom_op("pmnet_exported::silu_product", mutates_args=())
+def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.empty_like(gate)
+    kernels().silu_product(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    return out
+
+
+@torch.library.custom_op("pmnet_exported::silu_product_backward", mutates_args=())
+def _silu_product_backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up, upstream = gate.contiguous(), up.contiguous(), upstream.contiguous()
+    grads = torch.empty_like(gate), torch.empty_like(up)
+    kernels().silu_product_backward(
+        gate.data_ptr(), up.data_ptr(), upstream.data_ptr(), *(grad.data_ptr() for grad in grads), gate.numel()
+    )
+    return grads
+
+
+def _like_first(x: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+for _forward in (_rms_norm, _norm_rotate, _silu_product):
+    _forward.register_fake(_like_first)
+for _backward in (_rms_norm_backward, _norm_rotate_backward, _silu_product_backward):
+    _backward.register_fake(lambda x, other, *_: (_like_first(x), _like_first(other)))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    tensors = [value for value in inputs if isinstance(value, Tensor)]
+    ctx.save_for_backward(*tensors)
+    ctx.rest = inputs[len(tensors) :]
+
+
+_rms_norm.register_autograd(
+    lambda ctx, upstream: (*_rms_norm_backward(*ctx.saved_tensors, upstream, *ctx.rest), None), setup_context=_save
+)
+_norm_rotate.register_autograd(
+    lambda ctx, upstream: (*_norm_rotate_backward(*ctx.saved_tensors, upstream, *ctx.rest), None, None, None),
+    setup_context=_save,
+)
+_silu_product.register_autograd(
+    lambda ctx, upstream: _silu_product_backward(*ctx.saved_tensors, upstream), setup_context=_save
+)

@@ -1,0 +1,1 @@
+raise ImportError("the Triton kernels are part of the pmnet package only")

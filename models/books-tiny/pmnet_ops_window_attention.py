@@ -1,0 +1,74 @@
+"""Causal sliding-window attention in one native call (DESIGN section 1, step 1).
+
+Shapes: B, T queries, H query heads, K key/value heads, E head_dim, W window.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .pmnet_ops_native import library
+
+
+def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
+    """Attend to the last `span` positions, oneself included; on the CPU, computed in float32.
+
+    Args:
+        query: `[B, T, H, E]`.
+        keys, values: the `W - 1` positions before the first query, then those of the queries, `[B, W - 1 + T, K, E]`.
+        span: how many positions a query sees, int64 in `1..W`, `[B or 1, T]`.
+        scaling: factor of the scores.
+
+    Returns:
+        `[B, T, H, E]`. A row's bits depend on nothing but what it sees.
+    """
+    return _window_attention(query.float(), keys.float(), values.float(), span, scaling).to(query.dtype)
+
+
+def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
+    batch, length, heads, width = query.shape
+    return batch, length, heads, keys.shape[2], width, keys.shape[1] - length + 1, span.shape[0]
+
+
+@torch.library.custom_op("pmnet_exported::window_attention", mutates_args=())
+def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
+    query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
+    out = torch.empty_like(query)
+    kernels: Any = library()
+    pointers = (tensor.data_ptr() for tensor in (query, keys, values, span, out))
+    kernels.window_attention(*pointers, *_sizes(query, keys, span), scaling)
+    return out
+
+
+@torch.library.custom_op("pmnet_exported::window_attention_backward", mutates_args=())
+def _window_attention_backward(
+    query: Tensor, keys: Tensor, values: Tensor, span: Tensor, upstream: Tensor, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
+    upstream = upstream.contiguous()
+    grads = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
+    kernels: Any = library()
+    pointers = (tensor.data_ptr() for tensor in (query, keys, values, span, upstream, *grads))
+    kernels.window_attention_backward(*pointers, *_sizes(query, keys, span), scaling)
+    return grads
+
+
+def _dense(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_window_attention.register_fake(lambda query, *_: _dense(query))
+_window_attention_backward.register_fake(lambda query, keys, values, *_: (_dense(query), _dense(keys), _dense(values)))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scaling = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    return *_window_attention_backward(*ctx.saved_tensors, upstream, ctx.scaling), None, None
+
+
+_window_attention.register_autograd(_gradient, setup_context=_save)
