@@ -157,7 +157,7 @@ def test_the_card_of_the_books_quotes_the_stored_figures():
 def test_what_the_readme_finds_in_the_books_is_stored():
     text = " ".join((ROOT / "README.md").read_text().split())
     stored = {name: json.loads((books.ROOT / "models" / name / "longcontext.json").read_text())["rows"]
-              for name in ("pmnet", "no-recurrence", "mamba2")}  # fmt: skip
+              for name in ("pmnet", "no-recurrence", "mamba2", "mamba2-3x", "sliding-window")}  # fmt: skip
     rows = {row["mode"]: row for row in stored["pmnet"]}
     base = rows["carried"]
 
@@ -168,6 +168,8 @@ def test_what_the_readme_finds_in_the_books_is_stored():
     assert f"the same model trained without it is {-worse(stored['no-recurrence'][0]):.3f} better" in text
     sizes = [stored[name][0]["state_bytes"] / 1024 for name in ("mamba2", "pmnet")]
     assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-worse(stored['mamba2'][0]):.3f} better" in text
+    larger, window = (-worse(stored[name][0]) for name in ("mamba2-3x", "sliding-window"))
+    assert f"three times the size {larger:.3f}, a sliding-window Transformer {window:.3f}" in text
     for name in ("pmnet", "mamba2"):
         kept, reset = stored[name][:2]
         assert reset["reset"] == 30 * 1024
