@@ -177,3 +177,10 @@ def test_what_the_readme_finds_in_the_books_is_stored():
     levels = base["memory"]
     assert all(f"{level['phases']:.0%}" == "99%" for level in levels)
     assert f"(resultant {levels[0]['resultant']:.2f} and {levels[1]['resultant']:.2f}, where" in text
+    for name, sentence in (
+        ("pmnet", "every 512 bytes it takes {} bits per byte"),
+        ("no-recurrence", "treated alike, {}."),
+    ):
+        path = books.ROOT / "reset-512" / name / "longcontext.json"
+        (reset,) = [row for row in json.loads(path.read_text())["rows"] if row["reset"] == 512]
+        assert sentence.format(f"{reset['total']:.3f}") in text
