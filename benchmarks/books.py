@@ -194,7 +194,9 @@ def text(root: Path) -> str:
         "*process*: memory resident at the end. In a comparison all models have read the same bytes in the same order.",
         *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_comparison("Models", _stored(root, MODELS)),
-        *_comparison("Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, ABLATIONS)),
+        *_comparison(
+            "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
+        ),
         *_grid(root / "grid"),
         *_speed(root / "speed.json"),
     ]
