@@ -184,3 +184,5 @@ def test_what_the_readme_finds_in_the_books_is_stored():
         path = books.ROOT / "reset-512" / name / "longcontext.json"
         (reset,) = [row for row in json.loads(path.read_text())["rows"] if row["reset"] == 512]
         assert sentence.format(f"{reset['total']:.3f}") in text
+    speed = json.loads((books.ROOT / "speed.json").read_text())["models"]["mamba2"]["train"]["times_first"]
+    assert f"the PMNet trains {1 / speed:.1f} times as fast as the Mamba-2 of equal size" in text
