@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from pmnet.baselines import load_any
 from pmnet.data.files import RandomWindows, open_files
+from pmnet.data.streams import ContiguousWindows
 from pmnet.model import PMNetForCausalLM
 from pmnet.train import checkpoint, loop, progress
 from pmnet.train.checkpoint import latest_checkpoint
@@ -70,11 +71,11 @@ def poison_gradients(model, batch):
 def test_poison_stops_with_a_sentence_and_the_run_goes_on_from_the_last_good_step(poison, text, tmp_path, monkeypatch):
     original, calls = loop.loss_of, []
 
-    def poisoned(model, batch):
+    def poisoned(model, batch, carry):
         calls.append(1)
         if len(calls) == 5:
             poison(model, batch)
-        return original(model, batch)
+        return original(model, batch, carry)
 
     monkeypatch.setattr(loop, "loss_of", poisoned)
     with pytest.raises(TrainingStopped, match=r"^step 5: .*nan.*step-4$"):
@@ -87,7 +88,7 @@ def test_poison_stops_with_a_sentence_and_the_run_goes_on_from_the_last_good_ste
 
 
 def test_ids_out_of_range_stop_with_a_sentence(text, tmp_path, monkeypatch):
-    original = RandomWindows.batch
+    original = ContiguousWindows.batch
 
     def broken(self, index):
         batch = original(self, index)
@@ -95,7 +96,7 @@ def test_ids_out_of_range_stop_with_a_sentence(text, tmp_path, monkeypatch):
             batch["input_ids"][0, 0] = 9999
         return batch
 
-    monkeypatch.setattr(RandomWindows, "batch", broken)
+    monkeypatch.setattr(ContiguousWindows, "batch", broken)
     arguments = ["train", "--data", str(text), "--out", str(tmp_path / "run"), "--steps", "6", "--batch-size", "2"]
     code, printed = run_cli([*arguments, "--length", "16", "--checkpoint-seconds", "0", "--clip", "1e30"])
     assert code == 1
