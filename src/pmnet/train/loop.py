@@ -117,6 +117,10 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
         model.save_pretrained(run / "model")
         ByteTokenizer().save_pretrained(run / "model")
     accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        # gloo's threads need the interpreter to let go of their last tensors; ending the group waits for them with the
+        # interpreter held, which can be for ever
+        time.sleep(0.2)
     accelerator.end_training()
     return model.eval()
 
