@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.pages import Json, load, metrics, table
 from pmnet.baselines import Carry, carries, control
-from pmnet.eval.longcontext import beyond, slope
+from pmnet.eval.longcontext import POINTS, beyond, slope
 from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.loop import build_optimizers, loss_of
@@ -29,7 +29,6 @@ from pmnet.train.recipes import RECIPES
 ROOT = Path(__file__).parent.parent / "results" / "books"
 RATES = (1e-3, 3e-3)
 GRID_STEPS, STEPS = 100, 500  # 0.4 MB to choose a learning rate, 2.0 MB to compare
-POINTS = (1024, 8192, 65536)
 app = typer.Typer(add_completion=False)
 
 
@@ -220,7 +219,7 @@ def _comparison(title: str, folders: list[Path]) -> list[str]:
                 [f"`{folder.name}`", row["mode"], f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB",
                  f"{config['recipe']['learning_rate']:g}", f"{row['total']:.3f}",
                  *(f"{fmean(beyond(row, point)):.3f}" for point in POINTS), f"{fmean(apart):+.3f}{spread}",
-                 f"{slope(row, 8192) or 0:+.4f}", f"{row['word_perplexity']:,.0f}",
+                 "" if (gain := slope(row, 8192)) is None else f"{gain:+.4f}", f"{row['word_perplexity']:,.0f}",
                  "" if row["state_bytes"] is None else f"{row['state_bytes'] / 1024:,.0f} KiB",
                  f"{row['resident'] / 2**20:,.0f} MiB"]
             )  # fmt: skip

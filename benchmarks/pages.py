@@ -7,10 +7,10 @@ from typing import Any
 Json = dict[str, Any]
 
 
-def table(heads: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, right-aligned."""
-    lines = [heads, ["---:"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+def table(heads: list[str], rows: list[list[str]], left: int = 0) -> str:
+    """A Markdown table of figures; its first `left` columns are words."""
+    rule = [":---"] * left + ["---:"] * (len(heads) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, rule, *rows))
 
 
 def load(path: Path) -> Json:

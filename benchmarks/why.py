@@ -1,13 +1,12 @@
 """The tables of `results/why/README.md`, made of the files beside it: `python -m benchmarks.why`."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from benchmarks.pages import Json, load, metrics, table
 
 ROOT = Path(__file__).parent.parent / "results" / "why"
-Json = dict[str, Any]
 TRAINED = "Gradients through the trained Turing machine"
 DISTANCES = (1, 64, 1024, 65_536)
 
@@ -38,7 +37,7 @@ def page(root: Path) -> str:
 
 
 def _of(path: Path, section: Callable[[Json], list[str]]) -> list[str]:
-    return section(_load(path)) if path.exists() else []
+    return section(load(path)) if path.exists() else []
 
 
 def _jacobian(stored: Json, title: str, folder: str) -> list[str]:
@@ -60,7 +59,7 @@ def _jacobian(stored: Json, title: str, folder: str) -> list[str]:
         "`loss` the norm of d loss(t + n) / d state(t), which float32 ends at 1e-45.",
         *([_shifts(exact, stored["positions"])] if exact else []),
         f"![curves]({folder}/jacobian.png)",
-        _table(heads, rows, 3),
+        table(heads, rows, 3),
     ]
 
 
@@ -91,7 +90,7 @@ def _training(stored: Json) -> list[str]:
         "`scale` multiplies every matrix, embedding and anchor at initialisation; `factor` is the division by the\n"
         "root of the number of writes (trees). Losses are medians over seeds.",
         "![norms](training/training.png)",
-        _table(heads, rows, 1),
+        table(heads, rows, 1),
     ]
 
 
@@ -112,9 +111,9 @@ def _precision(stored: Json) -> list[str]:
         f"Error of states in radians, {stored['seeds']} draws: median (range) of the root mean square, the greatest,\n"
         "and the greatest difference between a sequence computed in a batch and alone.",
         "![precision](precision/precision.png)",
-        _table(["form", "positions", "rms error", "greatest", "batch neighbours"], rows, 1),
+        table(["form", "positions", "rms error", "greatest", "batch neighbours"], rows, 1),
         "Loss of a short byte-level training on text, the same bytes for all seeds, median of the seeds:",
-        _table(heads, curves, 1),
+        table(heads, curves, 1),
     ]
 
 
@@ -156,16 +155,16 @@ def _saturation(stored: Json) -> list[str]:
         "## Saturation",
         f"Circular variance of the states over {stored['rows']} sequences, by bytes read (0: all agree, 1: uniform):",
         "![saturation](saturation/saturation.png)",
-        _table(["weights", "bits", "bytes of", "level", *(f"after {n:,}" for n in picked)], spread, 3),
+        table(["weights", "bits", "bytes of", "level", *(f"after {n:,}" for n in picked)], spread, 3),
         f"The first of K writes to one slot of {stored['memory_size']} phases, told from 255 other random codes; rows\n"
         "by standard deviation of a code (rad) and `phase_bits`, columns by K:",
-        _table(["code", "bits", *(str(r["writes"]) for r in limits)], capacity, 1),
+        table(["code", "bits", *(str(r["writes"]) for r in limits)], capacity, 1),
         "The straight-through gradient of the rounding: cosine with the gradient of the loss expected under\n"
         "dithering, and ratio of the norms, by `phase_bits`:",
-        _table(["writes", "rotation (rad)", *(f"{b} bits" for b in (4, 5, 6, 7, 8, 12))], bias, 1),
+        table(["writes", "rotation (rad)", *(f"{b} bits" for b in (4, 5, 6, 7, 8, 12))], bias, 1),
         "All parameters of an untrained model, one batch of text: gradient at `phase_bits` against the gradient of\n"
         "the same weights without rounding, median over seeds of the weights:",
-        _table(["bits", "cosine", "ratio"], model, 1),
+        table(["bits", "cosine", "ratio"], model, 1),
     ]
 
 
@@ -179,7 +178,7 @@ def _copy(stored: Json, norms: list[str]) -> list[str]:
         f"{stored['parameters']:,} parameters, {stored['steps']:,} steps of {stored['batch_size']} sequences of 1 to\n"
         f"{stored['longest']} vectors, learning rate {stored['learning_rate']:g}, seed {stored['seed']}. Gradient\n"
         f"norm before clipping, every tenth step: median {norms[0]}, 99th percentile {norms[1]}, greatest {norms[2]}.",
-        _table(["vectors", "sequences", "exact", "bits right"], rows, 0),
+        table(["vectors", "sequences", "exact", "bits right"], rows, 0),
     ]
 
 
@@ -195,13 +194,13 @@ def _cost(stored: Json) -> list[str]:
         "## Cost of a training step",
         f"Forward, backward and AdamW, one thread, processor time, median of {stored['steps']} steps; memory beyond\n"
         "that of the model.",
-        _table(heads, rows, 1),
+        table(heads, rows, 1),
     ]
 
 
 def _norms(folder: Path) -> list[str]:
     """Median, 99th percentile and greatest gradient norm of the steps in `metrics.jsonl`."""
-    norms = sorted(json.loads(line)["norm"] for line in (folder / "metrics.jsonl").read_text().splitlines())
+    norms = sorted(row["norm"] for row in metrics(folder))
     return [_short(norms[round(share * (len(norms) - 1))]) for share in (0.5, 0.99, 1)]
 
 
@@ -209,10 +208,9 @@ def _whole(folders: list[Path], root: Path) -> list[str]:
     """Whole training runs: norms before clipping, speed, and exact strings where they were measured."""
     rows, distances = [], set[int]()
     for folder in folders:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        facts, last = _load(folder / "config.json"), lines[-1]
+        facts, last = load(folder / "config.json"), metrics(folder)[-1]
         scores = folder / "copy-paste.json"
-        cells = _load(scores)["cells"] if scores.exists() else []
+        cells = load(scores)["cells"] if scores.exists() else []
         distances |= {round(cell["distance"]) for cell in cells}
         exact = {round(cell["distance"]): f"{_percent(cell['exact'])}, {_percent(cell['letters'])}" for cell in cells}
         rows.append([
@@ -224,19 +222,13 @@ def _whole(folders: list[Path], root: Path) -> list[str]:
     if not rows:
         return []
     heads = ["run", "steps", "rate", "clip", "bytes", "median norm", "99 %", "max", "last loss"]
-    table = [[*row[:-1], *(row[-1].get(n, "") for n in sorted(distances))] for row in rows]
+    lines = [[*row[:-1], *(row[-1].get(n, "") for n in sorted(distances))] for row in rows]
     return [
         "## Whole runs on copy-paste",
         "Norms are those before clipping, of the steps in `metrics.jsonl` (every tenth); then, by bytes of filler,\n"
         "strings exactly right and bytes right.",
-        _table([*heads, *(f"at {n}" for n in sorted(distances))], table, 1),
+        table([*heads, *(f"at {n}" for n in sorted(distances))], lines, 1),
     ]
-
-
-def _table(heads: list[str], rows: list[list[str]], left: int) -> str:
-    """A table whose first `left` columns are words."""
-    rule = [":---"] * left + ["---:"] * (len(heads) - left)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, rule, *rows))
 
 
 def _power(point: Json) -> str:
@@ -253,11 +245,6 @@ def _short(value: float | None) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _load(path: Path) -> Json:
-    loaded: Json = json.loads(path.read_text())
-    return loaded
 
 
 if __name__ == "__main__":

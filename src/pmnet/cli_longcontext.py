@@ -13,12 +13,11 @@ from rich.table import Table
 
 from pmnet.baselines import load_any
 from pmnet.data.files import open_files
-from pmnet.eval.longcontext import beyond, bits_by_position, modes_of, whole_books
+from pmnet.eval.longcontext import POINTS, beyond, bits_by_position, modes_of, whole_books
 from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import provenance, write_json
 
 out = Console()
-POINTS = (1024, 8192, 65536)
 
 
 def longcontext_command(

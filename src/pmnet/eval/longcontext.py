@@ -28,6 +28,7 @@ from pmnet.model.tokenizer import BOS
 from pmnet.ops import to_radians
 
 CHUNK = 1024
+POINTS = (1024, 8192, 65536)  # positions that tables look beyond
 FIRST = 64  # upper edge of the first bin; each further one is twice as far
 
 

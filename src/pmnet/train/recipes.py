@@ -158,10 +158,9 @@ def lm_small() -> Recipe:
         initializer_gain=0.45,
         rope_theta=1e4,
     )
-    return Recipe(
-        model=model, steps=12_000, batch_size=64, length=1024, carry=True, learning_rate=1e-3,
-        silent_reads=True, muon=True, final_rate=0.05, hold=0.3, precision="bf16",
-    )  # fmt: skip
+    return replace(
+        lm_tiny(), model=model, steps=12_000, batch_size=64, length=1024, learning_rate=1e-3, precision="bf16"
+    )
 
 
 def lm_30m() -> Recipe:
