@@ -7,13 +7,14 @@ heads begin at slot 0, the controller and the first read at zero.
 Shapes: B sequences, T positions, I inputs, O outputs, H controller units, N slots, W numbers of a slot, V vocabulary.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from pmnet.baselines.recurrent import RecurrentForCausalLM
 
 HEADS = 2  # reads, writes
 START = 1e-6  # every number of the memory before the first position
@@ -132,45 +133,21 @@ class NTMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
 
-class NTMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Embedding, `NTMCore`, output head tied to the embedding. It keeps no state between calls."""
+class NTMForCausalLM(RecurrentForCausalLM):
+    """`NTMCore` between embedding and head."""
 
     config_class = NTMConfig
-    _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}
 
     def __init__(self, config: NTMConfig):
         super().__init__(config)
         size = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, size)
         self.core = NTMCore(size, size, size, config.memory_slots, config.memory_width)
-        self.lm_head = nn.Linear(size, config.vocab_size, bias=False)
         self.post_init()
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """PyTorch's own initialisation, but for the embedding, whose outputs are logits too."""
-        if isinstance(module, nn.Embedding):
-            module.weight.normal_(std=module.embedding_dim**-0.5)
-        elif isinstance(module, nn.LSTMCell | nn.Linear):
-            module.reset_parameters()
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-    ) -> CausalLMOutput:
-        """Logits `[B, S, V]` of the last S = `logits_to_keep` positions (0 for all) of ids `[B, T]`.
-
-        Raises:
-            ValueError: if positions are masked or a state is given; neither is supported.
-        """
-        if past_key_values is not None or (attention_mask is not None and not bool(attention_mask.all())):
-            raise ValueError("NTMForCausalLM supports neither padding nor a cache")
-        outputs, _ = self.core(self.embed_tokens(input_ids))
-        return CausalLMOutput(logits=self.lm_head(outputs[:, -logits_to_keep:]))
+    def run(self, x: Tensor) -> Tensor:
+        """All positions from an empty memory, `[B, T, H]` to `[B, T, H]`."""
+        outputs: Tensor = self.core(x)[0]
+        return outputs
 
 
 AutoConfig.register(NTMConfig.model_type, NTMConfig)
