@@ -1,4 +1,4 @@
-"""Controls for the synthetic tasks: other models with the parameters of a PMNet, to within two percent."""
+"""Controls for the synthetic tasks: other models with the parameters of a PMNet, to within one percent."""
 
 import copy
 from collections.abc import Callable
@@ -20,14 +20,14 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     - `gated-memory`: the same, and every write first forgets a part (`memory_kind="gated"`).
     - `sliding-window`: a Transformer of the same layers, width and window, hence the same reach; a wider MLP.
     - `llama`: full attention, twice the layers.
-    - `mamba`: the same width, as many layers as fit.
+    - `mamba`: the same width, as many layers as fit, a state that fills it up.
     - `mamba2`, `mamba2-3x`: twice the layers, a state as large as fits; the second with three times the parameters.
     - `flat`: the same slots in one group, all of them read by every layer (fewer parameters: one write).
     - `lstm`: two layers, as wide as fits.
     - `ntm`: a Neural Turing Machine of 128 slots of 20 numbers, its controller as wide as fits.
 
     Raises:
-        ValueError: if there is no such control, or no size of it comes within two percent.
+        ValueError: if there is no such control, or no size of it comes within one percent.
     """
     if name not in CONTROLS:
         raise ValueError(f"unknown model {name!r}; there are pmnet, {', '.join(CONTROLS)}")
@@ -66,14 +66,18 @@ def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrain
 
 
 def _mamba(like: PMNetConfig) -> PreTrainedConfig:
-    def build(layers: int) -> PreTrainedConfig:
+    """As many layers as fit with a state of 16, then the state that fills it up."""
+
+    def build(layers: int, state: int) -> PreTrainedConfig:
         return MambaConfig(
-            vocab_size=like.vocab_size, hidden_size=like.hidden_size, num_hidden_layers=layers,
+            vocab_size=like.vocab_size, hidden_size=like.hidden_size, num_hidden_layers=layers, state_size=state,
             tie_word_embeddings=True, initializer_range=0.45 * like.hidden_size**-0.5,
             pad_token_id=like.pad_token_id, bos_token_id=like.bos_token_id, eos_token_id=like.eos_token_id,
         )  # fmt: skip
 
-    return _fitted(build, parameters(like), 1, 64)
+    target = parameters(like)
+    layers = max(n for n in range(1, 64) if parameters(build(n, 16)) <= target)
+    return _fitted(lambda state: build(layers, state), target, 16, 128)
 
 
 def _mamba2(like: PMNetConfig, times: int = 1) -> PreTrainedConfig:
@@ -119,7 +123,7 @@ def _fitted(build: Callable[[int], PreTrainedConfig], target: int, low: int, hig
         middle = (low + high) // 2
         low, high = (middle, high) if parameters(build(middle)) <= target else (low, middle)
     best = min((build(low), build(high)), key=lambda config: abs(parameters(config) - target))
-    if abs(parameters(best) - target) > 0.02 * target:
+    if abs(parameters(best) - target) > 0.01 * target:
         raise ValueError(f"no {best.model_type} has {target:,} parameters; the closest has {parameters(best):,}")
     return best
 
