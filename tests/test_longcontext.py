@@ -13,6 +13,8 @@ from pmnet.cli_longcontext import bytes_of
 from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, memory_facts, modes_of, slope
+from pmnet.eval.mechanism import spread_of_writes
+from pmnet.memory import MemoryWrite
 from pmnet.model import ByteTokenizer
 from pmnet.model.tokenizer import BOS
 from tests.conftest import run_cli, small_config, small_model
@@ -111,6 +113,34 @@ def test_memory_facts_tell_empty_one_sided_and_saturated():
     assert facts[0]["resultant"] == 1.0
     assert facts[1]["resultant"] == pytest.approx(1.0)
     assert facts[2]["resultant"] < 0.05
+
+
+def write(weights, theta, groups):
+    return {"weights": torch.tensor([weights]), "theta": torch.tensor([theta]), "group": torch.tensor([groups])}
+
+
+def test_writes_that_choose_differ_from_writes_that_do_not():
+    clock = spread_of_writes(write([[0.25] * 4] * 2, [[3.0, -3.0]] * 2, [0, 0]))
+    assert clock == pytest.approx({"theta": 3.0, "constant": 1.0, "slots_written": 4.0, "groups_visited": 1.0})
+    letters = spread_of_writes(write([[1.0, 0.0], [0.0, 1.0]], [[0.5, -1.0], [-0.5, 1.0]], [0, 3]))
+    assert letters == pytest.approx({"theta": 0.75, "constant": 0.0, "slots_written": 1.0, "groups_visited": 2.0})
+    assert spread_of_writes(write([[1.0]], [[0.0]], [0]))["constant"] == 0.0
+
+
+def test_a_row_tells_how_the_last_chunk_was_written(books):
+    model = small_model("deep")
+    row = bits_by_position(model, books, LENGTH, Mode("carried"))
+    assert len(row["memory"]) == model.config.num_levels
+    assert row["memory"][0]["groups_visited"] == pytest.approx(1.0)
+    for level in row["memory"]:
+        assert 0 < level["theta"] < math.pi
+        assert 0 <= level["constant"] <= 1
+        assert 1 <= level["slots_written"] <= model.config.num_memory
+    assert not any(module._forward_hooks for module in model.modules())
+    root = next(module for module in model.modules() if isinstance(module, MemoryWrite))
+    for parameter in root.proj_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    assert bits_by_position(model, books, LENGTH, Mode("carried"))["memory"][0]["theta"] == 0.0
 
 
 def test_beyond_weighs_bins_by_their_bytes():

@@ -23,6 +23,7 @@ from pmnet.baselines import Carry, carries
 from pmnet.config import PMNetConfig
 from pmnet.data.files import ByteFiles
 from pmnet.eval.ablate import anchors_off, recurrence_off
+from pmnet.eval.mechanism import Trace, spread_of_writes, traced
 from pmnet.model import PMNetForCausalLM
 from pmnet.model.tokenizer import BOS
 from pmnet.ops import to_radians
@@ -109,7 +110,7 @@ def bits_by_position(
         JSON-able values: `bits`, for each book the mean bits per byte of each bin (see `edges`); `total`, bits per
         byte of all; `word_perplexity`, `exp` of the nats per white-space separated word; `bytes_per_second`;
         `state_bytes` of one book; `resident` memory of the process at the end, in bytes; for a PMNet the `memory` at
-        the end of the books (see `memory_facts`).
+        the end of the books (see `memory_facts`), and how the last chunk was written (see `spread_of_writes`).
     """
     books = whole_books(files, length)
     bins = torch.tensor(edges(length))
@@ -117,6 +118,7 @@ def bits_by_position(
     carry = Carry(model, len(books)) if carries(model.config) else None
     period = mode.reset or length
     phases = model.config.model_type == PMNetConfig.model_type
+    traces: list[Trace] = []
     started, before = time.perf_counter(), torch.full((len(books), 1), BOS)
     with ExitStack() as changes:
         if not mode.recurrence:
@@ -131,6 +133,8 @@ def bits_by_position(
             if carry is not None and fresh:
                 carry.reset()
             ids = torch.cat([before, target[:, :-1]], dim=1).to(model.device)
+            if phases and stop == length:
+                traces = changes.enter_context(traced(model))
             logits = carry.read(ids) if carry is not None else model(ids, use_cache=False).logits
             nats = _nats(logits, target.to(model.device)).cpu()
             places = torch.bucketize(torch.arange(start, stop), bins, right=True)
@@ -153,7 +157,12 @@ def bits_by_position(
         "bytes_per_second": len(books) * length / seconds,
         "state_bytes": None if carry is None else carry.nbytes // len(books),
         "resident": psutil.Process().memory_info().rss,
-        "memory": memory_facts(carry.cache.memory) if carry is not None and phases else None,
+        "memory": [
+            level | spread_of_writes(write)
+            for level, (write, _) in zip(memory_facts(carry.cache.memory), traces, strict=True)
+        ]
+        if carry is not None and phases
+        else None,
     }
 
 

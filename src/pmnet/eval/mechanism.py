@@ -3,7 +3,8 @@
 Shapes: B sequences, T columns, k letters, N slots, M phases, R read heads.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drif
     """
     problem = CopyPaste((length, length), (gap, gap))
     episodes = problem.draw(strings, torch.Generator().manual_seed(seed))
-    traces = _traces(model, episodes.dense()[0][:, :-1])
+    with traced(model) as traces:
+        model(episodes.dense()[0][:, :-1], use_cache=False)
     string = slice(1, length + 1)  # COPY is column 0
     paste = length + 2 + gap
     answer = slice(paste, paste + length)  # letter j is written one column before it stands
@@ -60,14 +62,17 @@ def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drif
     return {"levels": levels, "without": {name: _without(model, episodes, length, name) for name in names}}
 
 
-def _traces(model: PMNetForCausalLM, ids: Tensor) -> list[tuple[dict[str, Tensor], list[Tensor]]]:
-    """What each level does with each column.
+Trace = tuple[dict[str, Tensor], list[Tensor]]
 
-    Of its write: group and slot `[B, T]`, mean |theta| in radians and share of rotations that are not zero, `[B, T]`.
-    Of each of its reads: the slot that a head looks at most, `[B, T, R]`.
+
+@contextmanager
+def traced(model: PMNetForCausalLM) -> Iterator[list[Trace]]:
+    """Fills a list with what each level does with each column of the one call that is made inside, level by level.
+
+    Of its write: group and slot `[B, T]`, weights of the slots `[B, T, N]`, theta in radians `[B, T, M]`, share of
+    rotations that are not zero, `[B, T]`. Of each of its reads: the slot that a head looks at most, `[B, T, R]`.
     """
-    writes: list[dict[str, Tensor]] = []
-    reads: list[list[Tensor]] = []
+    found: list[Trace] = []
     bits = model.config.phase_bits
 
     def wrote(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -76,9 +81,8 @@ def _traces(model: PMNetForCausalLM, ids: Tensor) -> list[tuple[dict[str, Tensor
         weights, raw = module.propose(hidden, visit, anchors)
         theta = to_angle(raw)
         turns = to_turns(weights.unsqueeze(-1) * theta.unsqueeze(2), bits)
-        writes.append({"group": visit.groups, "slot": weights.argmax(2), "theta": theta.abs().mean(2),
-                       "turned": (turns != 0).float().mean((2, 3))})  # fmt: skip
-        reads.append([])
+        found.append(({"group": visit.groups, "slot": weights.argmax(2), "weights": weights, "theta": theta,
+                       "turned": (turns != 0).float().mean((2, 3))}, []))  # fmt: skip
 
     def read(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
         assert isinstance(module, MemoryRead)
@@ -86,7 +90,7 @@ def _traces(model: PMNetForCausalLM, ids: Tensor) -> list[tuple[dict[str, Tensor
         query = module.proj_q(module.norm(hidden)).unflatten(-1, (module.heads, module.size))
         weight, bias = (tensor.chunk(2)[0] for tensor in (module.proj_kv.weight, module.proj_kv.bias))
         keys = nn.functional.linear(geometry, weight, bias).unflatten(-1, (module.heads, module.size))
-        reads[-1].append(address(query, keys).argmax(2))
+        found[-1][1].append(address(query, keys).argmax(2))
 
     hooks = [
         module.register_forward_hook(wrote if isinstance(module, MemoryWrite) else read)
@@ -94,25 +98,45 @@ def _traces(model: PMNetForCausalLM, ids: Tensor) -> list[tuple[dict[str, Tensor
         if isinstance(module, MemoryWrite | MemoryRead)
     ]
     try:
-        model(ids, use_cache=False)
+        yield found
     finally:
         for hook in hooks:
             hook.remove()
-    return list(zip(writes, reads, strict=True))
+
+
+def spread_of_writes(write: dict[str, Tensor]) -> dict[str, float]:
+    """Whether the writes of a level say anything, from its trace.
+
+    Returns:
+        `theta`: mean |theta| in radians; `constant`: the part of it that is the same at every column, |mean over
+        columns| as a share of it; `slots_written` and `groups_visited`: over how many slots a column's write is
+        spread, and all columns over groups, as the exponential of the entropy.
+    """
+    weights, theta, size = write["weights"].double(), write["theta"].double(), float(write["theta"].abs().mean())
+    return {
+        "theta": size,
+        "constant": float(theta.mean(1).abs().mean()) / size if size else 0.0,
+        "slots_written": float(torch.special.entr(weights).sum(2).exp().mean()),
+        "groups_visited": _effective(write["group"]),
+    }
 
 
 def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:
     """Where these columns go on a level and how much they turn there."""
-    group = write["group"][:, columns].flatten()
-    share = torch.bincount(group).float() / len(group)
-    present = share[share > 0]
+    groups = write["group"][:, columns]
     return {
-        "groups_visited": len(present),
-        "groups_effective": float(torch.exp(-(present * present.log()).sum())),  # exponential of the entropy
-        "mean_theta_radians": float(write["theta"][:, columns].mean()),
+        "groups_visited": len(groups.unique()),
+        "groups_effective": _effective(groups),
+        "mean_theta_radians": float(write["theta"][:, columns].abs().mean()),
         "turned": float(write["turned"][:, columns].mean()),
         "columns_that_turn": _share(write["turned"][:, columns] > 0),
     }
+
+
+def _effective(groups: Tensor) -> float:
+    """Number of groups that as evenly visited ones would have the same entropy."""
+    share = torch.bincount(groups.flatten()).double() / groups.numel()
+    return float(torch.special.entr(share).sum().exp())
 
 
 def _drift(model: PMNetForCausalLM, count: int, seed: int, rows: int = 8) -> list[dict[str, float]]:
