@@ -29,7 +29,8 @@ from pmnet.train.recipes import RECIPES
 ROOT = Path(__file__).parent.parent / "results" / "books"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the lowest is taken
-GRID_STEPS, STEPS = 100, 1000  # 0.4 MB to choose a learning rate, 4.1 MB to compare
+GRID_STEPS = 100  # 0.4 MB to choose a learning rate
+STEPS = {"models": 1000, "window-2": 500}  # 4.1 MB and 2.0 MB to compare
 app = typer.Typer(add_completion=False)
 
 
@@ -41,21 +42,23 @@ class Entry:
         name: of its folder.
         options: of `pmnet train lm`, beside the preset `tiny`.
         rate_of: whose learning rate it takes; its own grid if None.
+        group: which comparison it belongs to, a folder.
         measured: options of `pmnet eval longcontext`: how its state is also handled, what is taken away.
     """
 
     name: str
     options: tuple[str, ...] = ()
     rate_of: str | None = None
+    group: str = "models"
     measured: tuple[str, ...] = ()
 
 
 MODELS = (
-    Entry("pmnet", measured=("--reset", "30KiB", "--ablations")),
-    Entry("no-recurrence", ("--model", "no-recurrence")),
+    Entry("pmnet", measured=("--reset", "30KiB", "--reset", "512", "--ablations")),
+    Entry("no-recurrence", ("--model", "no-recurrence"), measured=("--reset", "512")),
     Entry("sliding-window", ("--model", "sliding-window")),
     Entry("llama", ("--model", "llama"), measured=("--reset", "256")),
-    Entry("mamba2", ("--model", "mamba2"), measured=("--reset", "30KiB")),
+    Entry("mamba2", ("--model", "mamba2"), measured=("--reset", "30KiB", "--reset", "512")),
     Entry("mamba2-3x", ("--model", "mamba2-3x"), "mamba2"),  # its own grid takes too long on a CPU
 )
 ABLATIONS = (
@@ -67,24 +70,28 @@ ABLATIONS = (
     Entry("gated-memory", ("--model", "gated-memory"), "pmnet"),
     Entry("flat", ("--model", "flat"), "pmnet"),
 )
+NARROW = tuple(
+    Entry(name, ("--window", "2", "--model", name), "pmnet", "window-2")
+    for name in ("pmnet", "no-recurrence", "real-memory", "gated-memory", "fading-memory")
+)
 
 
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="Corpus made by `pmnet data books`.")] = Path("data/books"),
     to: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/books"),
-    only: Annotated[str, typer.Option(help="Names separated by commas; all models and ablations if empty.")] = "",
+    only: Annotated[str, typer.Option(help="Names separated by commas; all if empty.")] = "",
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = [entry for entry in (*MODELS, *ABLATIONS) if not only or entry.name in only.split(",")]
+    entries = [entry for entry in (*MODELS, *ABLATIONS, *NARROW) if not only or entry.name in only.split(",")]
     for entry in entries:
         if entry.rate_of is None:
             for rate in RATES:
                 _train(entry, data, to / "grid" / f"{entry.name}-{rate:g}", GRID_STEPS, rate)
         best = best_rate(to / "grid", entry.rate_of or entry.name)
-        folder = to / "models" / entry.name
-        _train(entry, data, folder, STEPS, best)
+        folder = to / entry.group / entry.name
+        _train(entry, data, folder, STEPS[entry.group], best)
         if not (folder / "longcontext.json").exists():
             _pmnet("eval", "longcontext", str(folder / "model"), "--data", str(data / "test"), "--length", length,
                    *entry.measured, "--save", str(folder))  # fmt: skip
@@ -200,7 +207,11 @@ def text(root: Path) -> str:
         *_comparison(
             "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
         ),
-        *_writes(_stored(root, (*MODELS, *ABLATIONS))),
+        *_comparison(
+            "First comparison: half the bytes, less than half the learning rate", sorted(root.glob("first/*"))
+        ),
+        *_comparison("Attention that sees two keys and reaches 4 bytes", _stored(root, NARROW)),
+        *_writes(_stored(root, (*MODELS, *ABLATIONS, *NARROW))),
         *_grid(root / "grid"),
         *_speed(root / "speed.json"),
     ]
@@ -208,7 +219,7 @@ def text(root: Path) -> str:
 
 
 def _stored(root: Path, entries: Sequence[Entry]) -> list[Path]:
-    folders = [root / "models" / entry.name for entry in entries]
+    folders = [root / entry.group / entry.name for entry in entries]
     return [folder for folder in folders if (folder / "longcontext.json").exists()]
 
 
@@ -242,9 +253,10 @@ def _writes(folders: list[Path]) -> list[str]:
     rows = []
     for folder in folders:
         stored = load(folder / "longcontext.json")
+        name = f"`{folder.name}`" + ("" if folder.parent.name == "models" else f", {folder.parent.name}")
         for number, level in enumerate(stored["rows"][0]["memory"] or []):
             rows.append(
-                [f"`{folder.name}`", str(number), f"{100 * level['phases']:.0f} %", f"{level['resultant']:.2f}",
+                [name, str(number), f"{100 * level['phases']:.0f} %", f"{level['resultant']:.2f}",
                  f"{level['theta']:.2f}", f"{100 * level['constant']:.0f} %",
                  f"{level['slots_written']:.1f} of {stored['model']['num_memory']}", f"{level['groups_visited']:.1f}"]
             )  # fmt: skip

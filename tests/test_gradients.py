@@ -115,7 +115,7 @@ def variant(kind: str) -> VariantForCausalLM:
     return VariantForCausalLM(VariantConfig.from_dict(facts)).eval()
 
 
-@pytest.mark.parametrize("kind", ["phase", "real", "gated"])
+@pytest.mark.parametrize("kind", ["phase", "real", "gated", "fading"])
 def test_gradients_of_states_are_differences_of_the_loss(kind):
     """The root is nudged in the streaming state, where no gradient is involved."""
     model = small_model("deep", phase_bits=32) if kind == "phase" else variant(kind)

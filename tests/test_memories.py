@@ -1,4 +1,4 @@
-"""PMNets whose slots hold plain numbers: the parallel form against a loop, chunks, padding, documents, causality."""
+"""PMNets with another memory: the parallel form against a loop, chunks, padding, documents, causality."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def loop(written, decay, groups, before, documents, valid):
 def test_values_and_gradients_are_those_of_a_loop(kind):
     random = torch.Generator().manual_seed(0)
     written = torch.randn(3, 17, 5, generator=random, dtype=torch.float64, requires_grad=True)
-    decay = -torch.rand(3, 17, generator=random, dtype=torch.float64) * (kind == "gated")
+    decay = -torch.rand(3, 17, generator=random, dtype=torch.float64) * (kind != "real")
     decay.requires_grad_()
     before = torch.randn(3, 4, 5, generator=random, dtype=torch.float64, requires_grad=True)
     groups = torch.randint(0, 4, (3, 17), generator=random)
@@ -145,3 +145,17 @@ def test_gates_begin_almost_open(kind):
     assert low <= kept.min() <= kept.max() <= high
     with pytest.raises(ValueError, match="memory_kind"):
         VariantConfig(memory_kind="wet")
+
+
+def test_only_what_fades_is_read_as_a_circle(kind):
+    model, ids = variant(kind), random_ids(1, 1)
+    for write in (module for module in model.modules() if isinstance(module, PlainWrite)):
+        write.decay = lambda hidden: torch.zeros(hidden.shape[:2])
+    logits = []
+    for turns in (0, 1):
+        cache = PMNetCache(model.config)
+        for level in cache.memory:
+            level.view(torch.float32).fill_(0.5 + 2 * torch.pi * turns)
+        with torch.no_grad():
+            logits.append(model(ids, past_key_values=cache).logits)
+    assert torch.allclose(*logits, atol=CLOSE) == (kind == "fading")

@@ -18,6 +18,7 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     - `no-recurrence`: the same model, trained with states that are single rotations (`memory_cumsum=False`).
     - `real-memory`: the same model whose slots hold plain numbers that are added up (`memory_kind="real"`).
     - `gated-memory`: the same, and every write first forgets a part (`memory_kind="gated"`).
+    - `fading-memory`: forgetting as well, and the numbers are angles, read as such (`memory_kind="fading"`).
     - `sliding-window`: a Transformer of the same layers, width and window, hence the same reach; a wider MLP.
     - `llama`: full attention, twice the layers.
     - `mamba`: the same width, as many layers as fit, a state that fills it up.
@@ -132,6 +133,7 @@ CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "no-recurrence": _no_recurrence,
     "real-memory": lambda like: _variant(like, "real"),
     "gated-memory": lambda like: _variant(like, "gated"),
+    "fading-memory": lambda like: _variant(like, "fading"),
     "sliding-window": lambda like: _transformer(like, like.num_hidden_layers, like.sliding_window),
     "llama": lambda like: _transformer(like, 2 * like.num_hidden_layers, None),
     "mamba": _mamba,

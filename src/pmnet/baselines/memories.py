@@ -1,4 +1,4 @@
-"""The same PMNet with another memory: plain numbers in the slots instead of angles, with or without forgetting.
+"""The same PMNet with another memory: plain numbers in the slots instead of angles, or a memory that forgets.
 
 Shapes: B sequences, T positions, D hidden size, G groups of a level, N slots, M phases, C = N * M numbers of a group,
 Q sums that are asked for.
@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryWrite, Tokens, Visit
 from pmnet.model import PMNetForCausalLM
-from pmnet.ops import Linear, address, lookup, take_rows, to_angle
+from pmnet.ops import Linear, address, geometry, lookup, take_rows, to_angle
 
-KINDS = ("real", "gated")
+KINDS = ("real", "gated", "fading")
 OPEN = math.log(0.98 / 0.02)  # added before the sigmoid of a gate: it begins by keeping 98 %
 
 
@@ -25,7 +25,8 @@ class VariantConfig(PMNetConfig):
 
     Args:
         memory_kind: `real`: `S_n <- S_n + p_n * theta`; `gated`: `S_n <- a * S_n + p_n * theta` with a gate
-            `a = sigmoid(w . h + b)` of each position, which acts on the group that the position visits.
+            `a = sigmoid(w . h + b)` of each position, which acts on the group that the position visits; `fading`:
+            the same, and the numbers are angles, read by sine and cosine as those of a PMNet are.
 
     `phase_bits` has no meaning here: nothing is rounded.
 
@@ -44,7 +45,7 @@ class VariantConfig(PMNetConfig):
 
 
 class PlainWrite(MemoryWrite):
-    """Adds `p_n * theta` to slots of float32 numbers; slots are read as `[S + e ; S + e]` instead of sine and cosine.
+    """Adds `p_n * theta` to slots of float32 numbers, which are read as `[S + e ; S + e]`; as angles if `fading`.
 
     The state takes the place of the int32 turns in a `PMNetCache` as its bit pattern (`Tensor.view`), so that the
     cache needs no change.
@@ -52,12 +53,13 @@ class PlainWrite(MemoryWrite):
 
     def __init__(self, config: VariantConfig):
         super().__init__(config)
-        self.gate = Linear(config.hidden_size, 1) if config.memory_kind == "gated" else None
+        self.gate = None if config.memory_kind == "real" else Linear(config.hidden_size, 1)
+        self.features = geometry if config.memory_kind == "fading" else plain
 
     def propose(self, hidden: Tensor, visit: Visit, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Which slot to add to, p `[B, T, N]`, and what: `theta = pi * tanh(raw)`, raw `[B, T, M]`."""
         normed = self.norm(hidden)
-        keys = self.proj_k(features(visit.field, anchors, visit.groups))
+        keys = self.proj_k(self.features(visit.field, anchors, visit.groups))
         weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)
         return weights, self.proj_out(self.proj_v(normed))
 
@@ -82,12 +84,12 @@ class PlainWrite(MemoryWrite):
             states = written
         states = states.unflatten(-1, anchors.shape[1:])
         field = states if visit.field is None else visit.field + states
-        here = Visit(visit.groups, field, features(field, anchors, visit.groups))
+        here = Visit(visit.groups, field, self.features(field, anchors, visit.groups))
         child = weights.shape[2] * visit.groups + weights.argmax(dim=2)
         return here, Visit(child, field, None), memory
 
 
-def features(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+def plain(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     """What stands for the geometry of a slot: its numbers twice.
 
     Args:
@@ -100,9 +102,9 @@ def features(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     """
     table = anchors.flatten(1)
     rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
-    plain = rows.view(*groups.shape, *anchors.shape[1:])
-    plain = plain if field is None else field + plain
-    return torch.cat([plain, plain], dim=-1)
+    numbers = rows.view(*groups.shape, *anchors.shape[1:])
+    numbers = numbers if field is None else field + numbers
+    return torch.cat([numbers, numbers], dim=-1)
 
 
 def accumulate(

@@ -140,7 +140,7 @@ def lm_tiny() -> Recipe:
         rope_theta=1e4,
     )
     return Recipe(
-        model=model, steps=24_000, batch_size=16, length=256, carry=True, learning_rate=2e-3,
+        model=model, steps=24_000, batch_size=16, length=256, carry=True, learning_rate=1e-2,
         silent_reads=True, muon=True, final_rate=0.05, hold=0.3, warmup=50,
     )  # fmt: skip
 
