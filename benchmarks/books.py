@@ -1,32 +1,29 @@
 """The comparison on books: every model reads the same bytes in the same order, with its own best learning rate.
 
-`python -m benchmarks.books run --data data/books` trains and measures whatever is not in `runs/books` yet, and
-`python -m benchmarks.books page` writes `results/books/README.md` from what is stored beside it.
+`python -m benchmarks.books run --data data/books` trains and measures whatever is not in `runs/books` yet, `speed`
+times them in turns; `python -m benchmarks.books_page` makes the page of what is stored.
 """
 
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Annotated
 
 import torch
 import typer
 from transformers import AutoModelForCausalLM
 
-from benchmarks.pages import Json, load, metrics, table
+from benchmarks.pages import Json, metrics
 from pmnet.baselines import Carry, carries, control
-from pmnet.eval.longcontext import POINTS, beyond, slope
-from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.loop import build_optimizers, loss_of
 from pmnet.train.recipes import RECIPES
 
-ROOT = Path(__file__).parent.parent / "results" / "books"
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the lowest is taken
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
@@ -69,6 +66,7 @@ ABLATIONS = (
     Entry("real-memory", ("--model", "real-memory"), "pmnet"),
     Entry("gated-memory", ("--model", "gated-memory"), "pmnet"),
     Entry("flat", ("--model", "flat"), "pmnet"),
+    Entry("no-carry", ("--no-carry", "--batch-size", "8", "--length", "512"), "pmnet", measured=("--reset", "512")),
 )
 NARROW = tuple(
     Entry(name, ("--window", "2", "--model", name), "pmnet", "window-2")
@@ -183,115 +181,6 @@ def _steps(entry: Entry) -> dict[str, Callable[[], object]]:
             model(ids, use_cache=False)  # period by period
 
     return {"train": train, "read": read}
-
-
-@app.command()
-def page() -> None:
-    """Write the page and its picture."""
-    lines = {folder.name: load(folder / "longcontext.json")["rows"][0] for folder in _stored(ROOT, MODELS)}
-    if lines:
-        plot_longcontext(lines, ROOT / "longcontext.png")
-    (ROOT / "README.md").write_text(text(ROOT))
-
-
-def text(root: Path) -> str:
-    """The page for the results below `root`."""
-    parts = [
-        "# Books",
-        "Made by `python -m benchmarks.books page` from the files beside this page, which name their command, seed,\n"
-        "commit, versions and machine. Bits per byte of held-out novels, read from their beginning; *beyond* n: over\n"
-        "all bytes from position n on; *slope*: bits per byte for each doubling of the position after 8 KiB;\n"
-        "*process*: memory resident at the end. In a comparison all models have read the same bytes in the same order.",
-        *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
-        *_comparison("Models", _stored(root, MODELS)),
-        *_comparison(
-            "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
-        ),
-        *_comparison(
-            "First comparison: half the bytes, less than half the learning rate", sorted(root.glob("first/*"))
-        ),
-        *_comparison("Attention that sees two keys and reaches 4 bytes", _stored(root, NARROW)),
-        *_writes(_stored(root, (*MODELS, *ABLATIONS, *NARROW))),
-        *_grid(root / "grid"),
-        *_speed(root / "speed.json"),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _stored(root: Path, entries: Sequence[Entry]) -> list[Path]:
-    folders = [root / entry.group / entry.name for entry in entries]
-    return [folder for folder in folders if (folder / "longcontext.json").exists()]
-
-
-def _comparison(title: str, folders: list[Path]) -> list[str]:
-    rows = []
-    base = load(folders[0] / "longcontext.json")["rows"][0] if folders else {}
-    for folder in folders:
-        stored, last, config = load(folder / "longcontext.json"), metrics(folder)[-1], load(folder / "config.json")
-        for row in stored["rows"]:
-            apart = [mine - other for mine, other in zip(beyond(row, 8192), beyond(base, 8192), strict=True)]
-            spread = f" ± {stdev(apart) / len(apart) ** 0.5:.3f}" if len(apart) > 1 else ""
-            rows.append(
-                [f"`{folder.name}`", row["mode"], f"{stored['parameters']:,}", f"{last['bytes'] / 1e6:.2f} MB",
-                 f"{config['recipe']['learning_rate']:g}", f"{row['total']:.3f}",
-                 *(f"{fmean(beyond(row, point)):.3f}" for point in POINTS), f"{fmean(apart):+.3f}{spread}",
-                 "" if (gain := slope(row, 8192)) is None else f"{gain:+.4f}", f"{row['word_perplexity']:,.0f}",
-                 "" if row["state_bytes"] is None else f"{row['state_bytes'] / 1024:,.0f} KiB",
-                 f"{row['resident'] / 2**20:,.0f} MiB"]
-            )  # fmt: skip
-    heads = ["model", "state", "parameters", "bytes seen", "learning rate", "all", *(f"beyond {p:,}" for p in POINTS),
-             "beyond 8,192, to the first row (± standard error over books)", "slope", "word perplexity", "state",
-             "process"]  # fmt: skip
-    if not rows:
-        return []
-    length, books = load(folders[0] / "longcontext.json")["length"], base["books"]
-    sizes = f"The first {length:,} bytes of {len(books)} books: {', '.join(books)}."
-    return [f"## {title}", sizes, table(heads, rows)]
-
-
-def _writes(folders: list[Path]) -> list[str]:
-    rows = []
-    for folder in folders:
-        stored = load(folder / "longcontext.json")
-        name = f"`{folder.name}`" + ("" if folder.parent.name == "models" else f", {folder.parent.name}")
-        for number, level in enumerate(stored["rows"][0]["memory"] or []):
-            rows.append(
-                [name, str(number), f"{100 * level['phases']:.0f} %", f"{level['resultant']:.2f}",
-                 f"{level['theta']:.2f}", f"{100 * level['constant']:.0f} %",
-                 f"{level['slots_written']:.1f} of {stored['model']['num_memory']}", f"{level['groups_visited']:.1f}"]
-            )  # fmt: skip
-    heads = ["model", "level", "phases turned", "resultant", "mean abs theta (rad)", "of it constant", "slots written",
-             "groups visited"]  # fmt: skip
-    text = (
-        "State carried; the memory at the end of the books, and the writes of the last 1,024 bytes: *constant* is\n"
-        "what every byte writes alike; over how many *slots* the write of one byte is spread, and over how many\n"
-        "*groups* those of all bytes, as the exponential of the entropy. *Resultant*: 1, the phases point in one\n"
-        "direction; 0, in none."
-    )
-    return ["## What is written", text, table(heads, rows)] if rows else []
-
-
-def _grid(folder: Path) -> list[str]:
-    rows = []
-    for entry in MODELS:
-        cells = [folder / f"{entry.name}-{rate:g}" for rate in RATES]
-        if all((cell / "metrics.jsonl").exists() for cell in cells):
-            rows.append([f"`{entry.name}`", *(f"{final_bits(cell):.3f}" for cell in cells)])
-    heads = ["model", *(f"{rate:g}" for rate in RATES)]
-    title = f"## Learning rates: bits per byte over the last quarter of {GRID_STEPS} steps"
-    return [title, table(heads, rows)] if rows else []
-
-
-def _speed(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    heads = ["model", "training, bytes/s", "times `pmnet`", "reading, bytes/s", "times `pmnet`"]
-    rows = [
-        [f"`{name}`", *(cell for kind in ("train", "read") for cell in
-                        (f"{row[kind]['bytes_per_second']:,.0f}", f"{row[kind]['times_first']:.2f}"))]
-        for name, row in load(path)["models"].items()
-    ]  # fmt: skip
-    return ["## Speed: medians of rounds in which all take turns", table(heads, rows)]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pmnet
-from benchmarks import books, retrieval
+from benchmarks import books_page, retrieval
+from benchmarks.books import MODELS
 from pmnet.eval.longcontext import beyond
 from pmnet.model import remote
 from pmnet.model.load import load_model
@@ -26,7 +27,7 @@ def test_the_retrieval_page_is_that_of_its_files():
 
 
 def test_the_page_of_the_books_is_that_of_its_files():
-    assert (books.ROOT / "README.md").read_text() == books.text(books.ROOT)
+    assert (books_page.ROOT / "README.md").read_text() == books_page.text(books_page.ROOT)
 
 
 def test_every_stored_result_says_where_it_comes_from():
@@ -132,10 +133,10 @@ def test_the_books_of_the_readme_are_stored():
     row = r"^\| `([\w-]+)` \| ([\w ]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \| ([+-][\d.]+) \|$"
     rows, first = re.findall(row, (ROOT / "README.md").read_text(), re.M), []
     assert {row[0] for row in rows} == {
-        entry.name for entry in books.MODELS if (books.ROOT / "models" / entry.name).exists()
+        entry.name for entry in MODELS if (books_page.ROOT / "models" / entry.name).exists()
     }
     for name, state, size, everything, far, apart in rows:
-        stored = json.loads((books.ROOT / "models" / name / "longcontext.json").read_text())
+        stored = json.loads((books_page.ROOT / "models" / name / "longcontext.json").read_text())
         (found,) = [row for row in stored["rows"] if row["mode"] == state]
         bits = beyond(found, 8192)
         first = first or bits
@@ -146,7 +147,7 @@ def test_the_books_of_the_readme_are_stored():
 
 def test_the_card_of_the_books_quotes_the_stored_figures():
     box = ROOT / "models" / "books-tiny"
-    stored = json.loads((books.ROOT / "box" / "longcontext.json").read_text())
+    stored = json.loads((books_page.ROOT / "box" / "longcontext.json").read_text())
     text = (box / "README.md").read_text()
     assert f"{load_model(box).num_parameters():,}" in text
     for row in stored["rows"]:
@@ -154,35 +155,49 @@ def test_the_card_of_the_books_quotes_the_stored_figures():
         assert "| ".join([f"| {row['mode']} ", *(f"{figure:.3f} " for figure in figures)]) in text
 
 
+def rows_of(group: str, name: str) -> dict[str, dict]:
+    return {
+        row["mode"]: row
+        for row in json.loads((books_page.ROOT / group / name / "longcontext.json").read_text())["rows"]
+    }
+
+
+def far(row) -> float:
+    return fmean(beyond(row, 8192))
+
+
 def test_what_the_readme_finds_in_the_books_is_stored():
     text = " ".join((ROOT / "README.md").read_text().split())
-    stored = {name: json.loads((books.ROOT / "models" / name / "longcontext.json").read_text())["rows"]
-              for name in ("pmnet", "no-recurrence", "mamba2", "mamba2-3x", "sliding-window")}  # fmt: skip
-    rows = {row["mode"]: row for row in stored["pmnet"]}
-    base = rows["carried"]
-
-    def worse(row) -> float:
-        return fmean(beyond(row, 8192)) - fmean(beyond(base, 8192))
-
-    assert f"the recurrence is worth {worse(rows['recurrence off']):.3f} bits per byte" in text
-    assert f"the same model trained without it is {-worse(stored['no-recurrence'][0]):.3f} better" in text
-    sizes = [stored[name][0]["state_bytes"] / 1024 for name in ("mamba2", "pmnet")]
-    assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-worse(stored['mamba2'][0]):.3f} better" in text
-    larger, window = (-worse(stored[name][0]) for name in ("mamba2-3x", "sliding-window"))
-    assert f"three times the size {larger:.3f}, a sliding-window Transformer {window:.3f}" in text
-    for name in ("pmnet", "mamba2"):
-        kept, reset = stored[name][:2]
-        assert reset["reset"] == 30 * 1024
-        assert abs(worse(kept) - worse(reset)) < 0.001
-    levels = base["memory"]
-    assert all(f"{level['phases']:.0%}" == "99%" for level in levels)
-    assert f"(resultant {levels[0]['resultant']:.2f} and {levels[1]['resultant']:.2f}, where" in text
-    for name, sentence in (
-        ("pmnet", "every 512 bytes it takes {} bits per byte"),
-        ("no-recurrence", "treated alike, {}."),
+    names = ("pmnet", "no-recurrence", "mamba2", "sliding-window")
+    stored = {name: rows_of("models", name) for name in names}
+    base = stored["pmnet"]["carried"]
+    off, without, mamba, window = (
+        far(row) - far(base)
+        for row in (stored["pmnet"]["recurrence off"], *(stored[name]["carried"] for name in names[1:]))
+    )
+    assert f"the recurrence is worth {off:.3f} bits per byte" in text
+    assert f"the same model trained without it is {-without:.3f} better" in text
+    sizes = [stored[name]["carried"]["state_bytes"] / 1024 for name in ("mamba2", "pmnet")]
+    assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-mamba:.3f} better" in text
+    assert f"A sliding-window Transformer is {-window:.3f} better" in text
+    assert abs(far(stored["pmnet"]["reset every 30720"]) - far(base)) < 0.001
+    root, leaf = base["memory"]
+    for sentence in (
+        f"are {root['theta']:.1f} and {leaf['theta']:.1f} radians in the mean",
+        f"{100 * root['constant']:.0f} and {100 * leaf['constant']:.0f} % of that is the same",
+        f"spread over {root['slots_written']:.1f} and {leaf['slots_written']:.1f} of 8 slots",
+        f"(resultant {root['resultant']:.2f} and {leaf['resultant']:.2f}, where",
     ):
-        path = books.ROOT / "reset-512" / name / "longcontext.json"
-        (reset,) = [row for row in json.loads(path.read_text())["rows"] if row["reset"] == 512]
-        assert sentence.format(f"{reset['total']:.3f}") in text
-    speed = json.loads((books.ROOT / "speed.json").read_text())["models"]["mamba2"]["train"]["times_first"]
+        assert sentence in text
+    speed = json.loads((books_page.ROOT / "speed.json").read_text())["models"]["mamba2"]["train"]["times_first"]
     assert f"the PMNet trains {1 / speed:.1f} times as fast as the Mamba-2 of equal size" in text
+
+
+def test_the_memories_of_the_readme_are_stored():
+    row = r"^\| [\w ,]+ \| `([\w-]+)` \| ([\d.]+) \| ([\d.]*) \|$"
+    found = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    assert {name for name, *_ in found} == {path.name for path in (books_page.ROOT / "window-2").iterdir()}
+    for name, carried, off in found:
+        rows = rows_of("window-2", name)
+        assert carried == f"{far(rows['carried']):.3f}"
+        assert off == (f"{far(rows['recurrence off']):.3f}" if "recurrence off" in rows else "")
