@@ -201,3 +201,12 @@ def test_the_memories_of_the_readme_are_stored():
         rows = rows_of("window-2", name)
         assert carried == f"{far(rows['carried']):.3f}"
         assert off == (f"{far(rows['recurrence off']):.3f}" if "recurrence off" in rows else "")
+    text = " ".join((ROOT / "README.md").read_text().split())
+    rows = {name: rows_of("window-2", name) for name, *_ in found}
+    forgetting = [rows[name] for name in ("fading-memory", "gated-memory")]
+    angles, plain = (far(rows["no-recurrence"]["carried"]) - far(row["carried"]) for row in forgetting)
+    assert f"a memory of angles gives {angles:.3f} and one of plain numbers {plain:.3f}" in text
+    angles, plain = (far(row["recurrence off"]) - far(row["carried"]) for row in forgetting)
+    assert f"without it they are worse by {angles:.3f} and {plain:.3f}" in text
+    wide = [far(rows_of("models", name)["carried"]) for name in ("gated-memory", "no-recurrence")]
+    assert f"`gated-memory`: {wide[0]:.3f}, without a memory {wide[1]:.3f}" in text
