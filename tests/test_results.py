@@ -168,17 +168,17 @@ def far(row) -> float:
 
 def test_what_the_readme_finds_in_the_books_is_stored():
     text = " ".join((ROOT / "README.md").read_text().split())
-    names = ("pmnet", "no-recurrence", "mamba2", "sliding-window")
+    names = ("pmnet", "no-recurrence", "mamba2", "mamba2-3x", "sliding-window")
     stored = {name: rows_of("models", name) for name in names}
     base = stored["pmnet"]["carried"]
-    off, without, mamba, window = (
+    off, without, mamba, larger, window = (
         far(row) - far(base)
         for row in (stored["pmnet"]["recurrence off"], *(stored[name]["carried"] for name in names[1:]))
     )
     assert f"the recurrence is worth {off:.3f} bits per byte" in text
     assert f"the same model trained without it is {-without:.3f} better" in text
     sizes = [stored[name]["carried"]["state_bytes"] / 1024 for name in ("mamba2", "pmnet")]
-    assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-mamba:.3f} better" in text
+    assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-mamba:.3f} better, one of three times the size {-larger:.3f}." in text
     assert f"A sliding-window Transformer is {-window:.3f} better" in text
     assert abs(far(stored["pmnet"]["reset every 30720"]) - far(base)) < 0.001
     root, leaf = base["memory"]
