@@ -13,7 +13,7 @@ from pmnet.cli_longcontext import bytes_of
 from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.eval.longcontext import Mode, beyond, bits_by_position, edges, memory_facts, modes_of, slope
-from pmnet.eval.mechanism import spread_of_writes
+from pmnet.eval.traces import spread_of_writes
 from pmnet.memory import MemoryWrite
 from pmnet.model import ByteTokenizer
 from pmnet.model.tokenizer import BOS

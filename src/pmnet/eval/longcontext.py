@@ -23,7 +23,7 @@ from pmnet.baselines import Carry, carries
 from pmnet.config import PMNetConfig
 from pmnet.data.files import ByteFiles
 from pmnet.eval.ablate import anchors_off, recurrence_off
-from pmnet.eval.mechanism import Trace, spread_of_writes, traced
+from pmnet.eval.traces import Trace, spread_of_writes, traced
 from pmnet.model import PMNetForCausalLM
 from pmnet.model.tokenizer import BOS
 from pmnet.ops import to_radians
