@@ -288,7 +288,7 @@ def test_two_processes_train_one_model(text, tmp_path):
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet.cli",
             "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
-            "--checkpoint-seconds", "0", *options,
+            "--learning-rate", "0.002", "--checkpoint-seconds", "0", *options,
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -301,7 +301,7 @@ def test_two_processes_train_one_model(text, tmp_path):
     for name, tensor in launch("--resume").items():
         assert torch.equal(together[name], tensor), name
 
-    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=4, length=24)
+    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=4, length=24, learning_rate=2e-3)
     train(plan, ByteTask(ContiguousWindows(open_files([text]), 24, 4, plan.seed)), tmp_path / "one")
     rates = [
         [json.loads(line)["rate"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
