@@ -27,7 +27,7 @@ def text(root: Path) -> str:
         "Made by `python -m benchmarks.books_page` from the files beside this page, which name their command, seed,\n"
         "commit, versions and machine. Bits per byte of held-out novels, read from their beginning; *beyond* n: over\n"
         "all bytes from position n on; *slope*: bits per byte for each doubling of the position after 8 KiB;\n"
-        "*process*: memory resident at the end. In a comparison all models have read the same bytes in the same order,\n"
+        "*process*: memory resident at the end. In a comparison all models have read the same bytes in one order,\n"
         "but `no-carry`, which read windows in random order: differences to it contain those of the data.",
         *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_needle(root / "needle" / "needle.json"),
