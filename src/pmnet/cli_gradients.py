@@ -166,15 +166,12 @@ def _trials(
     totals = {int(n): max(1, round(steps * (lengths[0] / n) ** 0.5)) for n in lengths}  # fewer steps at longer ones
     first, middle = int(lengths[0]), rates[len(rates) // 2]
     for name, (total, count), rate in product(names, totals.items(), rates):
-        if name == "ntm" and total > 4 * first:
-            continue  # minutes for a step
         trial = Trial(total, rate, steps=count, rows=max(1, 4 * first // total))
         yield name, trial
         if name == "pmnet":
             yield name, replace(trial, factor=False)
     for name, scale in product(names, scales):
-        if name != "ntm":
-            yield name, Trial(first, middle, scale, steps=steps)
+        yield name, Trial(first, middle, scale, steps=steps)
 
 
 def _published() -> Callable[[torch.Tensor], torch.Tensor]:
