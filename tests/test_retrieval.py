@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 import pmnet
 from pmnet.cli_demo import answer
@@ -26,6 +27,8 @@ from tests.conftest import random_ids, run_cli, small_model
 
 class Oracle(torch.nn.Module):
     """Answers copy-paste by looking back `distance` columns; wrong in the columns `wrong`."""
+
+    config = PreTrainedConfig()
 
     def __init__(self, distance, wrong=()):
         super().__init__()

@@ -2,13 +2,13 @@
 
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pmnet.baselines import Carry, carries, control
-from pmnet.baselines.mamba2 import matrix_scan
+from pmnet.baselines import Carry, carries, control, matrix_scan
 from pmnet.data.files import open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.model.tokenizer import BOS
@@ -143,10 +143,7 @@ def test_the_matrix_scan_is_the_librarys():
     ids, found = random_ids(2, 75), []
     for scan in (False, True):
         model.zero_grad()
-        if scan:
-            with matrix_scan():
-                logits = model(ids, use_cache=False).logits
-        else:
+        with matrix_scan(model) if scan else nullcontext():
             logits = model(ids, use_cache=False).logits
         logits.square().mean().backward()
         found.append((logits.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}))

@@ -4,6 +4,7 @@ from pmnet.baselines.carry import Carry, carries
 from pmnet.baselines.controls import CONTROLS, control
 from pmnet.baselines.load import load_any
 from pmnet.baselines.lstm import LSTMConfig, LSTMForCausalLM
+from pmnet.baselines.mamba2 import matrix_scan
 from pmnet.baselines.memories import VariantConfig, VariantForCausalLM
 from pmnet.baselines.ntm import NTMConfig, NTMCore, NTMForCausalLM, NTMState
 
@@ -21,4 +22,5 @@ __all__ = [
     "carries",
     "control",
     "load_any",
+    "matrix_scan",
 ]

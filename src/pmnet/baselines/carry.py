@@ -4,7 +4,6 @@ Shapes: B rows, T positions of a window, V vocabulary.
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -71,7 +70,7 @@ class Carry:
         if self.model.config.model_type == "mamba2":
             for state in self._tensors() if restart is not None else ():
                 state[restart] = 0.0
-            with matrix_scan() if ids.device.type == "cpu" else nullcontext():
+            with matrix_scan(self.model):
                 logits = call(ids, use_cache=True, cache_params=self.cache).logits
             for layer in self.cache.layers:
                 layer.conv_states[0] = layer.conv_states[0].detach().clone()

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.models.mamba2 import modeling_mamba2
 
 
@@ -79,8 +80,11 @@ def chunk_scan(
 
 
 @contextmanager
-def matrix_scan() -> Iterator[None]:
-    """Let the library's Mamba-2 use `chunk_scan` inside."""
+def matrix_scan(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, `model` uses `chunk_scan` if it is a Mamba-2 on a CPU; for any other model nothing changes."""
+    if model.config.model_type != "mamba2" or model.device.type != "cpu":
+        yield
+        return
     before = modeling_mamba2.mamba2_chunk_scan
     modeling_mamba2.mamba2_chunk_scan = chunk_scan
     try:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pmnet.baselines import matrix_scan
 from pmnet.data.tasks import Episodes, Problem
 from pmnet.model import PMNetCache, PMNetForCausalLM
 
@@ -106,7 +107,8 @@ def _read(
         before = torch.full_like(ids[:, :1], -1) if chosen is None else chosen
         any_asked = bool(asked.any())
         keep = ids.shape[1] if any_asked else 1
-        logits = model(ids.to(model.device), past_key_values=cache, use_cache=streams, logits_to_keep=keep).logits
+        with matrix_scan(model):
+            logits = model(ids.to(model.device), past_key_values=cache, use_cache=streams, logits_to_keep=keep).logits
         first = logits.argmax(-1).cpu()
         if any_asked:
             yield torch.cat([before, first[:, :-1]], dim=1), ids, asked

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
-from pmnet.baselines import Carry, carries
+from pmnet.baselines import Carry, carries, matrix_scan
 from pmnet.memory import MemoryRead
 from pmnet.model import ByteTokenizer
 from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, load_state, save_checkpoint, starting_point
@@ -87,7 +87,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
     run.mkdir(parents=True, exist_ok=True)
     reporter, saved = Reporter(run, recipe.steps, done, accelerator.is_main_process), time.monotonic()
     try:
-        with _signals() as received:
+        with _signals() as received, matrix_scan(model):
             for step in range(done + 1, recipe.steps + 1):
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
                 batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
