@@ -8,26 +8,31 @@
 #include "kernels.h"
 #include "products.h"
 
-constexpr int64_t AHEAD = 64;  // floats to prefetch ahead in each line of the weights
+constexpr int64_t AHEAD = 64;  // floats to prefetch ahead in each line of float weights; of integers, the next tiles
 
-// Adds w[o + lane][k + i] x[k + i] for i below `deep`, in order, to the sums of 16 outputs of ROWS rows.
-template <int ROWS>
-static inline void add_columns(const float* x, int64_t ldx, const Weight& w, int64_t o, int64_t k, int64_t deep, v16 scale, v16* total) {
-    if (w.scale) {
-        const int8_t* panel = (const int8_t*)w.values + (o / LANES * w.inputs + k) * LANES;
-        for (int64_t i = 0; i < deep; i++) {
-            v16 column = widen(panel + i * LANES) * scale;
-            for (int r = 0; r < ROWS; r++) total[r] = fma(splat(x[r * ldx + k + i]), column, total[r]);
+// Adds w[o + lane][k] x[k] for k from `k` to `to`, in order, to the sums of 16 TILES outputs of ROWS rows: 8-bit weights.
+template <int ROWS, int TILES>
+static inline void add_integers(const float* x, int64_t ldx, const Weight& w, int64_t o, int64_t k, int64_t to, const v16* scale, v16 (*total)[ROWS]) {
+    const int8_t* panel = (const int8_t*)w.values + o * w.inputs;
+    for (; k < to; k++)
+        for (int t = 0; t < TILES; t++) {
+            const int8_t* at = panel + (t * w.inputs + k) * LANES;
+            if (k % 4 == 0) __builtin_prefetch(at + TILES * LANES * w.inputs);  // four of them are a cache line
+            v16 column = widen(at) * scale[t];
+            for (int r = 0; r < ROWS; r++) total[t][r] = fma(splat(x[r * ldx + k]), column, total[t][r]);
         }
-        return;
-    }
+}
+
+// The same for 16 outputs and at most 16 k: float weights.
+template <int ROWS>
+static inline void add_floats(const float* x, int64_t ldx, const Weight& w, int64_t o, int64_t k, int64_t deep, int64_t ahead, v16* total) {
     const float* line = (const float*)w.values + o * w.inputs + k;
     int64_t count = w.outputs - o;
     v16 column[LANES];
     if (count >= LANES && deep == LANES)
         for (int i = 0; i < LANES; i++) {
             column[i] = load(line + i * w.inputs);
-            __builtin_prefetch(line + i * w.inputs + AHEAD);
+            __builtin_prefetch(line + i * w.inputs + ahead);
         }
     else
         for (int i = 0; i < LANES; i++) column[i] = i < count ? load(line + i * w.inputs, deep) : v16{};
@@ -44,11 +49,18 @@ static inline void outputs_from(const float* x, int64_t ldx, const Weight& w, in
     for (int t = 0; t < TILES; t++) scale[t] = w.scale ? load(w.scale + o + t * LANES, w.outputs - o - t * LANES) : v16{};
     int64_t passes = (w.inputs + DEPTH - 1) / DEPTH, step = (w.inputs + LANES * passes - 1) / (LANES * passes) * LANES;
     for (int64_t from = 0; from < w.inputs; from += step) {
-        int64_t to = from + step < w.inputs ? from + step : w.inputs, k = from;
+        int64_t to = from + step < w.inputs ? from + step : w.inputs;
         v16 total[TILES][ROWS] = {};
-        for (; k + LANES <= to; k += LANES)
-            for (int t = 0; t < TILES; t++) add_columns<ROWS>(x, ldx, w, o + t * LANES, k, LANES, scale[t], total[t]);
-        for (int t = 0; k < to && t < TILES; t++) add_columns<ROWS>(x, ldx, w, o + t * LANES, k, to - k, scale[t], total[t]);
+        if (w.scale)
+            add_integers<ROWS, TILES>(x, ldx, w, o, from, to, scale, total);
+        else {
+            int64_t k = from;
+            for (; k + LANES <= to; k += LANES) {  // past the end of a line comes the same line of the next tiles
+                int64_t ahead = k + AHEAD < w.inputs ? AHEAD : AHEAD + (TILES * LANES - 1) * w.inputs;
+                for (int t = 0; t < TILES; t++) add_floats<ROWS>(x, ldx, w, o + t * LANES, k, LANES, ahead, total[t]);
+            }
+            for (int t = 0; k < to && t < TILES; t++) add_floats<ROWS>(x, ldx, w, o + t * LANES, k, to - k, 0, total[t]);
+        }
         for (int t = 0; t < TILES; t++)
             for (int r = 0; r < ROWS; r++) out[t][r] = from ? out[t][r] + total[t][r] : total[t][r];
     }
