@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 TIMED = ["contender", "parameters", "B", "T", "positions/s (range)", "time, ours = 1 (range)", "of the limit", "remark"]
@@ -12,6 +13,16 @@ LIMITS = {
     "copy_gbs": "GB/s, copying memory (read and written)",
 }
 STREAM = ["bytes read", "bytes/s", "resident, MiB"]
+SUMMARY = {
+    "prefill": "prefill, 1,024 bytes",
+    "prefill-long": "prefill, 16,384 bytes or what time allowed, which may be less for the published form",
+    "train": "training step",
+    "decode": "decode, one stream",
+    "decode-int8": "decode, 8-bit weights",
+    "memory": "training memory beyond the model, times less",
+    "scan": "write of a level alone",
+    "read": "read of a layer alone",
+}
 
 
 def write_table(folder: Path) -> Path:
@@ -26,8 +37,30 @@ def write_table(folder: Path) -> Path:
         raise ValueError(f"no results of pmnet bench in {folder}")
     head = "# Benchmarks\n\nWritten by `pmnet bench --table` from the JSON files beside it, which hold every sample.\n"
     target = folder / "README.md"
-    target.write_text("\n".join([head, *sections]))
+    target.write_text("\n".join([head, *summary(folder), "", *sections]))
     return target
+
+
+def summary(folder: Path) -> list[str]:
+    """How many times faster than the published formulation, by case and preset; empty where it was not measured."""
+    presets = [name for name in ("demo", "30m", "119m") if any(folder.glob(f"*-{name}.json"))]
+    rows = [
+        [f"`{case}`", what, *(_times(folder / f"{case}-{preset}.json") for preset in presets)]
+        for case, what in SUMMARY.items()
+    ]
+    return _markdown(["case", "times faster", *presets], [row for row in rows if any(row[2:])])
+
+
+def _times(path: Path) -> str:
+    """Of the last of our contenders, round by round; a ratio of bytes for the case `memory`."""
+    rows = {row["contender"]: row for row in json.loads(path.read_text())["rows"]} if path.exists() else {}
+    ours, published = rows.get("ours-int8", rows.get("ours")), rows.get("published")
+    if ours is None or published is None:
+        return ""
+    if "difference_bytes" in ours:
+        return f"{published['difference_bytes'] / ours['difference_bytes']:.1f}x"
+    each, other = ([seconds / row["length"] for seconds in row["seconds"]] for row in (ours, published))
+    return f"{median(b / a for a, b in zip(each, other, strict=True)):.1f}x"
 
 
 def section(path: Path) -> str:
@@ -106,7 +139,7 @@ def _limit(result: dict[str, Any]) -> str:
 
 
 def _markdown(titles: list[str], rows: list[list[str]]) -> list[str]:
-    rule = ["---" if title in ("contender", "remark") else "---:" for title in titles]
+    rule = ["---" if title in ("contender", "remark", "case", "times faster") else "---:" for title in titles]
     return ["| " + " | ".join(cells) + " |" for cells in [titles, rule, *rows]]
 
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pmnet
-from benchmarks import books_page, retrieval
+from benchmarks import books_page, retrieval, table
 from benchmarks.books import MODELS
 from pmnet.eval.longcontext import beyond
 from pmnet.model import remote
@@ -37,6 +37,14 @@ def test_every_stored_result_says_where_it_comes_from():
         stored = json.loads(path.read_text())
         assert {"command", "date", "commit", "versions", "machine"} <= set(stored), path
         assert re.fullmatch("[0-9a-f]{40}", stored["commit"]), path
+
+
+def test_the_speeds_are_those_that_are_stored():
+    told = (ROOT / "README.md").read_text()
+    rows = table.summary(ROOT / "results" / "bench")
+    assert len(rows) == 2 + len(table.SUMMARY)
+    assert "\n".join(rows) in told
+    assert "\n".join(rows) in (ROOT / "results" / "bench" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("box", BOXES, ids=lambda path: path.name)

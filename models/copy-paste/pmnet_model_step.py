@@ -170,8 +170,10 @@ def _pointers_of(layer: nn.Module) -> list[int]:
 
 def _int8(product: Int8Linear) -> tuple[int, int, int]:
     _check(product, Int8Linear)
-    bias = product._buffers["bias"]
-    return product.panels.data_ptr(), _float(product.scale), 0 if bias is None else _float(bias)
+    tensors = product._buffers  # attributes of a module are slow
+    panels, bias = tensors["panels"], tensors["bias"]
+    assert panels is not None
+    return panels.data_ptr(), _float(tensors["scale"]), 0 if bias is None else _float(bias)
 
 
 def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]:
