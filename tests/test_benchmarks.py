@@ -20,6 +20,7 @@ from benchmarks.limits import measure_limits
 from benchmarks.memory import measure_memory, resident_bytes
 from benchmarks.parts import read_entries
 from benchmarks.stream import measure_stream
+from benchmarks.table import summary
 from pmnet.ops import use_backend
 from pmnet.train.recipes import MODELS
 from tests.conftest import random_ids, run_cli, small_config, small_model
@@ -92,6 +93,19 @@ def test_ratios_are_taken_round_by_round():
     rows, _ = compare(entries, 1, 8, 8, Plan(3, 1e9, clock=clock), 1.0)
     assert rows[0]["seconds"] == [1, 4, 3]
     assert rows[1]["times_ours"] == {"median": 3.0, "min": 1.0, "max": 4.0}
+
+
+def test_the_summary_compares_round_by_round(tmp_path):
+    ours = {"contender": "ours", "length": 8, "seconds": [1.0, 4.0, 3.0], "difference_bytes": 100}
+    quick = {"contender": "ours-int8", "length": 8, "seconds": [0.5, 1.0, 1.5]}
+    published = {"contender": "published", "length": 4, "seconds": [0.5, 8.0, 4.5], "difference_bytes": 250}
+    for case, rows in (("decode", [ours, published]), ("decode-int8", [ours, quick, published]), ("scan", [ours])):
+        (tmp_path / f"{case}-30m.json").write_text(json.dumps({"rows": rows}))
+    memory = [{**row, "seconds": None} for row in (ours, published)]
+    (tmp_path / "memory-30m.json").write_text(json.dumps({"rows": memory}))
+    assert [line.split("|")[1::2] for line in summary(tmp_path)[2:]] == [
+        [" `decode` ", " 3.0x "], [" `decode-int8` ", " 6.0x "], [" `memory` ", " 2.5x "],
+    ]  # fmt: skip
 
 
 def test_slow_contenders_are_shortened_or_left_out():
