@@ -25,7 +25,7 @@ def page(root: Path) -> str:
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
         *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
         *_runs("Grid of rotations, seed 0", [root / "demo" / "seed-0", *root.glob("phase-bits/*")], "phase_bits"),
-        *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*/*.json"))),
+        *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*"))),
         *_memory("How it does it", sorted(root.glob("*/**/memory.json"))),
     ]
     return "\n\n".join(parts) + "\n"
@@ -87,26 +87,19 @@ def _runs(title: str, folders: list[Path], head: str) -> list[str]:
     return [f"## {title}", table(heads, sorted(rows))] if rows else []
 
 
-def _tasks(title: str, paths: list[Path]) -> list[str]:
+def _tasks(title: str, folders: list[Path]) -> list[str]:
     rows = []
-    for path in paths:
-        stored, last = load(path), metrics(path.parent)[-1]
-        for c in stored["cells"]:
-            rows.append([stored["task"], c["variant"], f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}",
-                         _percent(c["exact"]), _percent(c["letters"]),
-                         "" if c["control"] is None else _percent(c["control"]["letters"]),
-                         f"{last['bytes'] / 1e6:.1f} MB"])  # fmt: skip
-    heads = [
-        "task",
-        "variant",
-        "size",
-        "depth",
-        "answers",
-        "exact",
-        "bytes right",
-        "memory off: bytes right",
-        "bytes seen",
-    ]
+    for folder in folders:
+        plan, last = load(folder / "config.json")["recipe"], metrics(folder)[-1]
+        for stored in (load(path) for path in folder.glob("*.json") if path.name != "config.json"):
+            rows += [
+                [stored["task"], f"{plan['size']:,}", f"{plan['steps']:,}", f"{last['bytes'] / 1e6:.1f} MB", c["variant"],
+                 f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}", _percent(c["exact"]),
+                 _percent(c["letters"]), "" if c["control"] is None else _percent(c["control"]["letters"])]
+                for c in stored["cells"]
+            ]  # fmt: skip
+    heads = ["task", "trained up to", "steps", "bytes seen", "variant", "size", "depth", "answers", "exact",
+             "bytes right", "memory off: bytes right"]  # fmt: skip
     return [f"## {title}", table(heads, rows)] if rows else []
 
 
