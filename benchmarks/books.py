@@ -27,7 +27,7 @@ from pmnet.train.recipes import RECIPES
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the lowest is taken
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
-STEPS = {"models": 1000, "window-2": 500}  # 4.1 MB and 2.0 MB to compare
+STEPS = {"models": 1000, "window-2": 500, "seed-1": 1000}  # 4.1 MB and 2.0 MB to compare
 app = typer.Typer(add_completion=False)
 
 
@@ -72,6 +72,10 @@ NARROW = tuple(
     Entry(name, ("--window", "2", "--model", name), "pmnet", "window-2")
     for name in ("pmnet", "no-recurrence", "real-memory", "gated-memory", "fading-memory")
 )
+SEEDS = (
+    Entry("pmnet", ("--seed", "1"), "pmnet", "seed-1"),
+    Entry("no-recurrence", ("--model", "no-recurrence", "--seed", "1"), "no-recurrence", "seed-1"),
+)
 
 
 @app.command()
@@ -82,7 +86,7 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = [entry for entry in (*MODELS, *ABLATIONS, *NARROW) if not only or entry.name in only.split(",")]
+    entries = [entry for entry in (*MODELS, *ABLATIONS, *NARROW, *SEEDS) if not only or entry.name in only.split(",")]
     for entry in entries:
         if entry.rate_of is None:
             for rate in RATES:

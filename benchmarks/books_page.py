@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.books import ABLATIONS, GRID_STEPS, MODELS, NARROW, RATES, Entry, final_bits
+from benchmarks.books import ABLATIONS, GRID_STEPS, MODELS, NARROW, RATES, SEEDS, Entry, final_bits
 from benchmarks.pages import load, metrics, table
 from pmnet.eval.longcontext import POINTS, beyond, slope
 from pmnet.report.plots import plot_longcontext
@@ -32,6 +32,7 @@ def text(root: Path) -> str:
         *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_needle(root / "needle" / "needle.json"),
         *_comparison("Models", _stored(root, MODELS)),
+        *_comparison("Another seed: other initial weights, another order of the books", _stored(root, SEEDS)),
         *_comparison(
             "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
         ),
