@@ -93,8 +93,8 @@ def _tasks(title: str, folders: list[Path]) -> list[str]:
         plan, last = load(folder / "config.json")["recipe"], metrics(folder)[-1]
         for stored in (load(path) for path in folder.glob("*.json") if path.name != "config.json"):
             rows += [
-                [stored["task"], f"{plan['size']:,}", f"{plan['steps']:,}", f"{last['bytes'] / 1e6:.1f} MB", c["variant"],
-                 f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}", _percent(c["exact"]),
+                [stored["task"], f"{plan['size']:,}", f"{plan['steps']:,}", f"{last['bytes'] / 1e6:.1f} MB",
+                 c["variant"], f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}", _percent(c["exact"]),
                  _percent(c["letters"]), "" if c["control"] is None else _percent(c["control"]["letters"])]
                 for c in stored["cells"]
             ]  # fmt: skip
