@@ -8,15 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from pmnet.baselines import Carry, carries, control, matrix_scan
+from pmnet.baselines import Carry, carries, control, mamba2, matrix_scan
+from pmnet.baselines.mamba2 import chunk_scan
 from pmnet.data.files import open_files
 from pmnet.data.streams import ContiguousWindows
+from pmnet.data.tasks import CopyPaste
+from pmnet.eval.retrieval import measure
 from pmnet.model.tokenizer import BOS
 from pmnet.train import loop
 from pmnet.train.loop import TrainingStopped, train
 from pmnet.train.tasks import ByteTask
 from tests.conftest import random_ids, small_config
-from tests.test_training import recipe, weights
+from tests.test_training import recipe, task, weights
 
 MODELS = ["pmnet", "no-recurrence", "sliding-window", "mamba2"]
 
@@ -150,6 +153,21 @@ def test_the_matrix_scan_is_the_librarys():
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     for name, gradient in found[0][1].items():
         assert torch.dist(gradient, found[1][1][name]) <= 1e-4 * gradient.norm() + 1e-9, name
+
+
+def test_mamba_trains_and_is_measured_by_the_matrix_scan(books, tmp_path, monkeypatch):
+    config = control("mamba2", small_config("period", hidden_size=64))
+    plan, lengths = recipe(steps=1, model=config), []
+
+    def counted(hidden_states, *args, **kwargs):
+        lengths.append(hidden_states.shape[1])
+        return chunk_scan(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(mamba2, "chunk_scan", counted)
+    model = train(plan, task(books, plan), tmp_path)
+    assert lengths == [plan.length] * config.num_hidden_layers
+    measure(model, CopyPaste((2, 2), (5, 5)), 4, 0)
+    assert len(lengths) == 2 * config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", MODELS)
