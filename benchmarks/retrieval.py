@@ -91,14 +91,16 @@ def _tasks(title: str, folders: list[Path]) -> list[str]:
     rows = []
     for folder in folders:
         plan, last = load(folder / "config.json")["recipe"], metrics(folder)[-1]
-        for stored in (load(path) for path in folder.glob("*.json") if path.name != "config.json"):
+        for stored in (load(path) for path in sorted(folder.glob("*.json")) if path.name != "config.json"):
+            text = Path(stored["text"] or "").stem
             rows += [
                 [stored["task"], f"{plan['size']:,}", f"{plan['steps']:,}", f"{last['bytes'] / 1e6:.1f} MB",
-                 c["variant"], f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}", _percent(c["exact"]),
-                 _percent(c["letters"]), "" if c["control"] is None else _percent(c["control"]["letters"])]
+                 c["variant"], text, f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}",
+                 _percent(c["exact"]), _percent(c["letters"]),
+                 "" if c["control"] is None else _percent(c["control"]["letters"])]
                 for c in stored["cells"]
             ]  # fmt: skip
-    heads = ["task", "trained up to", "steps", "bytes seen", "variant", "size", "depth", "answers", "exact",
+    heads = ["task", "trained up to", "steps", "bytes seen", "variant", "text", "size", "depth", "answers", "exact",
              "bytes right", "memory off: bytes right"]  # fmt: skip
     return [f"## {title}", table(heads, rows)] if rows else []
 

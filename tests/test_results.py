@@ -116,6 +116,19 @@ def test_the_controls_of_the_readme_are_stored():
         assert [cells[30], cells[120], cells[960]] == exact
 
 
+def test_the_other_tasks_of_the_readme_are_stored():
+    row = r"^\| `([\w-]+)` \|[^|]*\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$"
+    rows = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    folders = {path.name: path for path in (ROOT / "results" / "retrieval" / "tasks").iterdir()}
+    assert {name for name, *_ in rows} == set(folders)
+    for name, steps, size, depth, *figures in rows:
+        assert json.loads((folders[name] / "config.json").read_text())["recipe"]["steps"] == int(steps.replace(",", ""))
+        cells = json.loads((folders[name] / f"{name}.json").read_text())["cells"]
+        at = [c for c in cells if (c["size"], c["distance"]) == (int(size.replace(",", "")), float(depth))]
+        stored = at[0]["exact"], at[0]["letters"], at[0]["control"]["letters"]
+        assert [f"{100 * share:.1f}" for share in stored] == figures, (name, size)
+
+
 def test_the_million_bytes_of_the_readme_are_stored():
     (cell,) = json.loads((ROOT / "results" / "retrieval" / "demo" / "million" / "copy-paste.json").read_text())["cells"]
     hits, low = round(cell["exact"] * cell["strings"]), 100 * cell["low"]
