@@ -1,13 +1,18 @@
 """The tables of `results/why/README.md`, made of the files beside it: `python -m benchmarks.why`."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from benchmarks.pages import Json, load, metrics, table
 
 ROOT = Path(__file__).parent.parent / "results" / "why"
-TRAINED = "Gradients through the trained Turing machine"
+JACOBIANS = {
+    "jacobian": "Gradients through time",
+    "jacobian-ntm": "Gradients through the trained Turing machine",
+    "jacobian-controls": "Gradients through other trained controls",
+}
 DISTANCES = (1, 64, 1024, 65_536)
 
 
@@ -22,10 +27,7 @@ def page(root: Path) -> str:
         "# Why it trains",
         "Made by `python -m benchmarks.why` from the files beside this page, which name their command, seed, commit,\n"
         "versions and machine. What they show, and what not: [docs/why-it-trains.md](../../docs/why-it-trains.md).",
-        *_of(
-            root / "jacobian" / "jacobian.json", lambda stored: _jacobian(stored, "Gradients through time", "jacobian")
-        ),
-        *_of(root / "jacobian-ntm" / "jacobian.json", lambda stored: _jacobian(stored, TRAINED, "jacobian-ntm")),
+        *(part for name in JACOBIANS for part in _of(root / name / "jacobian.json", partial(_jacobian, name))),
         *_of(root / "training" / "training.json", _training),
         *_of(root / "precision" / "precision.json", _precision),
         *_of(root / "saturation" / "saturation.json", _saturation),
@@ -40,7 +42,7 @@ def _of(path: Path, section: Callable[[Json], list[str]]) -> list[str]:
     return section(load(path)) if path.exists() else []
 
 
-def _jacobian(stored: Json, title: str, folder: str) -> list[str]:
+def _jacobian(folder: str, stored: Json) -> list[str]:
     rows = []
     for model in stored["models"]:
         for label, curve in model["curves"].items():
@@ -53,7 +55,7 @@ def _jacobian(stored: Json, title: str, folder: str) -> list[str]:
     exact = [model for model in stored["models"] if "shift_exact" in model]
     heads = ["model", "weights", "curve", *(f"n = {n:,}" for n in DISTANCES[:-1]), "greatest n", "there"]
     return [
-        f"## {title}",
+        f"## {JACOBIANS[folder]}",
         f"Medians over {stored['rows']} sequences of random bytes. `state` is the gain of\n"
         "d state(t + n) / d state(t), of trees by level; `hand-down` that of d lowest state(t + n) / d root state(t);\n"
         "`loss` the norm of d loss(t + n) / d state(t), which float32 ends at 1e-45.",
