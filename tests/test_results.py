@@ -198,6 +198,9 @@ def test_what_the_readme_finds_in_the_books_is_stored():
     )
     assert f"the recurrence is worth {off:.3f} bits per byte" in text
     assert f"the same model trained without it is {-without:.3f} better" in text
+    other, alone = rows_of("seed-1", "pmnet"), rows_of("seed-1", "no-recurrence")
+    worth, better = far(other["recurrence off"]) - far(other["carried"]), far(other["carried"]) - far(alone["carried"])
+    assert f"(a second seed: worth {worth:.3f}, and {better:.3f} better without)" in text
     sizes = [stored[name]["carried"]["state_bytes"] / 1024 for name in ("mamba2", "pmnet")]
     assert f"{sizes[0]:,.0f} KiB instead of {sizes[1]:.0f}, is {-mamba:.3f} better, one of" in text
     assert f"one of three times the size {-larger:.3f}." in text
