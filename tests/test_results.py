@@ -129,6 +129,15 @@ def test_the_other_tasks_of_the_readme_are_stored():
         assert [f"{100 * share:.1f}" for share in stored] == figures, (name, size)
 
 
+def test_the_needles_in_a_novel_are_stored():
+    cells = json.loads((ROOT / "results" / "retrieval" / "tasks" / "needle" / "novel.json").read_text())["cells"]
+    assert {(c["size"], c["distance"]) for c in cells} == {(n, d) for n in (1024, 8192, 32768) for d in (0.1, 0.5)}
+    assert all(c["exact"] == 1 and c["strings"] == 256 for c in cells)
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert "256 of 256 at 1,024, at 8,192 and at 32,768 bytes, at depths 0.1 and 0.5 alike" in text
+    assert f"(95 % interval from {100 * cells[0]['low']:.1f} %)" in text
+
+
 def test_the_million_bytes_of_the_readme_are_stored():
     (cell,) = json.loads((ROOT / "results" / "retrieval" / "demo" / "million" / "copy-paste.json").read_text())["cells"]
     hits, low = round(cell["exact"] * cell["strings"]), 100 * cell["low"]
