@@ -136,6 +136,11 @@ def test_the_needles_in_a_novel_are_stored():
     text = " ".join((ROOT / "README.md").read_text().split())
     assert "256 of 256 at 1,024, at 8,192 and at 32,768 bytes, at depths 0.1 and 0.5 alike" in text
     assert f"(95 % interval from {100 * cells[0]['low']:.1f} %)" in text
+    stored = json.loads((ROOT / "results" / "retrieval" / "tasks" / "needle" / "novel-512k.json").read_text())
+    (cell,) = stored["cells"]
+    quoted = f"{cell['exact'] * cell['strings']:.0f} of {cell['strings']} at {cell['size']:,} bytes, "
+    quoted += f"{cell['size'] / stored['reach']:,.0f} times its reach (from {100 * cell['low']:.1f} %)"
+    assert quoted in text
 
 
 def test_the_million_bytes_of_the_readme_are_stored():
