@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from statistics import fmean, median
 from typing import Annotated
@@ -27,7 +28,7 @@ from pmnet.train.recipes import RECIPES
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the lowest is taken
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
-STEPS = {"models": 1000, "window-2": 500, "seed-1": 1000}  # 4.1 MB and 2.0 MB to compare
+STEPS = {"models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000}  # of 4,096 bytes
 app = typer.Typer(add_completion=False)
 
 
@@ -78,16 +79,23 @@ SEEDS = (
 )
 
 
+LONGER = (
+    Entry("pmnet", rate_of="pmnet", group="longer", measured=("--reset", "30KiB")),
+    Entry("no-recurrence", ("--model", "no-recurrence"), "no-recurrence", "longer"),
+    Entry("mamba2", ("--model", "mamba2"), "mamba2", "longer", ("--reset", "30KiB")),
+)
+
+
 @app.command()
 def run(
     data: Annotated[Path, typer.Option(help="Corpus made by `pmnet data books`.")] = Path("data/books"),
     to: Annotated[Path, typer.Option("--out", help="Folder of the runs.")] = Path("runs/books"),
-    only: Annotated[str, typer.Option(help="Names separated by commas; all if empty.")] = "",
+    only: Annotated[str, typer.Option(help="Which, a pattern of `GROUP/NAME`, as `longer/*`.")] = "*",
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = [entry for entry in (*MODELS, *ABLATIONS, *NARROW, *SEEDS) if not only or entry.name in only.split(",")]
-    for entry in entries:
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER)
+    for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
         if entry.rate_of is None:
             for rate in RATES:
                 _train(entry, data, to / "grid" / f"{entry.name}-{rate:g}", GRID_STEPS, rate)
