@@ -20,6 +20,7 @@ from pmnet.ops import (
     use_backend,
     window_attention,
 )
+from pmnet.ops.native import FLAGS, library, processor_flags
 from tests.native_problems import EPS, integers, native_theta, norm_of, numbers, plain_attention, threads, write_problem
 
 # The same bits in any company
@@ -69,6 +70,28 @@ def test_a_position_has_the_same_bits_in_any_slice(name):
                 assert torch.equal(function(slice(0, 131)), whole)
                 for start, stop in ((0, 1), (130, 131), (3, 20), (17, 81), (64, 131), (1, 131)):
                     assert torch.equal(function(slice(start, stop)), whole[:, start:stop]), (count, start, stop)
+
+
+@pytest.mark.skipif(b"avx512f" not in processor_flags(), reason="the registers are narrow here")
+def test_narrower_registers_give_the_same_bits(monkeypatch, tmp_path):
+    """Kernels built for processors without AVX-512."""
+
+    def results():
+        with torch.no_grad(), use_backend("native"):
+            return {name: function(slice(0, 131)) for name, function in row_wise().items()}
+
+    wide = results()
+    flags = [flag for flag in FLAGS if not flag.startswith(("-m", "-O"))]
+    monkeypatch.setattr(sys.modules[library.__module__], "FLAGS", [*flags, "-O1", "-march=x86-64-v3"])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library.cache_clear()
+    try:
+        narrow = results()
+    finally:
+        library.cache_clear()
+    assert len(list(tmp_path.rglob("*.so"))) == 1
+    for name, expected in wide.items():
+        assert torch.equal(narrow[name], expected), name
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -17,7 +17,8 @@ from pmnet.ops.linear import products, row_stable_linear
 from pmnet.ops.native import kernels, pointers
 
 MOST_SLOTS = 64  # of the native kernels
-_BLOCK = 2**21  # keys computed at a time when slots are read: they stay in the processor's cache
+_BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
+_ROWS = 1024  # or so many rows of them: with fewer, the matrix library is slow
 
 
 def to_angle(raw: Tensor) -> Tensor:
@@ -183,8 +184,8 @@ def _read_slots_backward(
 
 def _in_blocks(query: Tensor, geometry: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Blocks of positions of tensors `[B, T, ...]`."""
-    heads, size = query.shape[2:]
-    count = max(16, _BLOCK // (geometry.shape[2] * heads * size))
+    slots, keys = geometry.shape[2], query.shape[2:].numel()
+    count = max(16, _ROWS // slots, _BLOCK // (slots * keys))
     parts = (x.flatten(0, 1).split(count) for x in (query, geometry, *others))
     return zip(*parts, strict=True)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-_FLAGS = [
+FLAGS = [
     "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=off", "-fno-math-errno",
     "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
 ]  # fmt: skip
@@ -58,14 +58,14 @@ def library() -> ctypes.CDLL | None:
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
         text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
-        key = hashlib.sha256(text + version + " ".join(_FLAGS).encode() + _processor()).hexdigest()[:24]
+        key = hashlib.sha256(text + version + " ".join(FLAGS).encode() + processor_flags()).hexdigest()[:24]
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmnet"
         target = cache / f"kernels-{key}.so"
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 built = Path(scratch) / "kernels.so"
-                command = [compiler, *_FLAGS, *map(str, sources), "-o", str(built)]
+                command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
                 subprocess.run(command, capture_output=True, check=True, text=True)
                 os.replace(built, target)
         loaded = ctypes.CDLL(str(target))
@@ -89,8 +89,8 @@ def pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
-def _processor() -> bytes:
-    """What `-march=native` depends on."""
+def processor_flags() -> bytes:
+    """What the processor can do, on which `-march=native` depends."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line for line in lines if line.startswith(("flags", "Features"))).encode()

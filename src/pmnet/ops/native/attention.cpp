@@ -37,9 +37,7 @@ static void window_softmax(float* row, int64_t begin, int64_t end, int64_t first
             if (l >= span - j) v[l] = -__builtin_inff();
         top = greater(top, v);
     }
-    float most = top[0];
-    for (int l = 1; l < LANES; l++) most = top[l] > most ? top[l] : most;
-    v16 total{}, shift = splat(-most * scale), factor = splat(scale);
+    v16 total{}, shift = splat(-greatest(top) * scale), factor = splat(scale);
     for (int64_t j = 0; j < span; j += LANES) {
         v16 w = exp(fma(load(s + j, span - j), factor, shift));
         for (int l = 0; span - j < LANES && l < LANES; l++)
@@ -51,9 +49,9 @@ static void window_softmax(float* row, int64_t begin, int64_t end, int64_t first
     for (int64_t j = 0; j < span; j += LANES) store(s + j, load(s + j, span - j) * inverse, span - j);
 }
 
-struct Scratch {  // one thread's working set for one head and one block of queries
-    std::vector<float> keys_t, keys, values, values_t, query, weights, out, slopes, upstream;
-    Scratch(const Shape& s, bool backward)
+struct Desk {  // one thread's working set for one head and one block of queries
+    Scratch keys_t, keys, values, values_t, query, weights, out, slopes, upstream;
+    Desk(const Shape& s, bool backward)
         : keys_t(s.padded() * s.columns()), values(s.columns() * s.padded()), query(BLOCK * s.padded()),
           weights(TILE * s.columns()), out(s.columns() * s.padded()) {
         if (!backward) return;
@@ -62,7 +60,7 @@ struct Scratch {  // one thread's working set for one head and one block of quer
 };
 
 // The queries of one block for one key head; `keys` and `values` point at the first place the block sees.
-static void attend_block(const Shape& s, Scratch& w, const float* query, const float* keys, const float* values, const int64_t* span,
+static void attend_block(const Shape& s, Desk& w, const float* query, const float* keys, const float* values, const int64_t* span,
                          float* out, int64_t count) {
     int64_t padded = s.padded(), columns = s.columns(), stride = s.kv_heads * s.width, step = s.heads * s.width;
     transpose_rows(keys, count + s.window - 1, stride, s.width, w.keys_t.data(), columns);
@@ -83,7 +81,7 @@ void attend(const float* query, const float* keys, const float* values, const in
     int64_t blocks = (s.length + BLOCK - 1) / BLOCK, group = s.heads / s.kv_heads;
 #pragma omp parallel if (s.batch * s.heads * s.length * s.window > 1024)
     {
-        Scratch w(s, false);
+        Desk w(s, false);
 #pragma omp for collapse(3)
         for (int64_t b = 0; b < s.batch; b++)
             for (int64_t n = 0; n < blocks; n++)
@@ -113,8 +111,8 @@ void window_attention_backward(
     int64_t padded = s.padded(), columns = s.columns(), group = s.heads / s.kv_heads, stride = s.kv_heads * s.width;
 #pragma omp parallel
     {
-        Scratch w(s, true);
-        std::vector<float> sum_keys(columns * padded), sum_values(columns * padded);
+        Desk w(s, true);
+        Scratch sum_keys(columns * padded), sum_values(columns * padded);
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < s.batch; b++)
             for (int64_t k = 0; k < s.kv_heads; k++)
@@ -124,8 +122,8 @@ void window_attention_backward(
                     transpose_rows(keys + from, seen, stride, s.width, w.keys_t.data(), columns);
                     transpose_rows(values + from, seen, stride, s.width, w.values_t.data(), columns);
                     copy_rows(keys + from, seen, stride, s.width, w.keys.data(), padded);
-                    std::fill(sum_keys.begin(), sum_keys.end(), 0.f);
-                    std::fill(sum_values.begin(), sum_values.end(), 0.f);
+                    memset(sum_keys.data(), 0, columns * padded * sizeof(float));
+                    memset(sum_values.data(), 0, columns * padded * sizeof(float));
                     for (int64_t h = k * group; h < (k + 1) * group; h++)
                         for (int64_t t = 0; t < count; t += TILE) {
                             int64_t rows = count - t < TILE ? count - t : TILE, end = rows + s.window - 1;
@@ -152,8 +150,8 @@ void window_attention_backward(
                         }
                     for (int64_t j = 0; j < seen; j++)
                         for (int64_t e = 0; e < s.width; e++) {
-                            grad_keys[from + j * stride + e] += sum_keys[j * padded + e];
-                            grad_values[from + j * stride + e] += sum_values[j * padded + e];
+                            grad_keys[from + j * stride + e] += sum_keys.data()[j * padded + e];
+                            grad_values[from + j * stride + e] += sum_values.data()[j * padded + e];
                         }
                 }
     }

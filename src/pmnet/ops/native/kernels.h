@@ -6,6 +6,15 @@
 constexpr int64_t DEPTH = 384;  // longest sum of one pass, MAX_DEPTH of ops/linear.py
 constexpr int64_t BLOCK = 64;   // queries that attention handles together
 
+// Zeros for one thread to work on, aligned to whole vectors: a load across two cache lines costs as much as two.
+class Scratch {
+    std::vector<v16> lines;
+
+   public:
+    explicit Scratch(int64_t count = 0) : lines((count + LANES - 1) / LANES) {}
+    float* data() { return (float*)lines.data(); }
+};
+
 struct Weight {
     const void* values;  // float [O, K], or int8 panels [O / 16, K, 16] if there is a scale
     const float* scale;  // [O] or null

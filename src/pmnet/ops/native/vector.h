@@ -24,9 +24,13 @@ static inline v16 load(const float* p) {
 }
 static inline v16 load(const float* p, int64_t count) {  // lanes from `count` on are zero
     if (count >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return (v16)_mm512_maskz_loadu_ps((1u << count) - 1, p);
+#else
     v16 v{};
     memcpy(&v, p, count * sizeof(float));
     return v;
+#endif
 }
 static inline v16 widen(const int8_t* p) {  // sixteen 8-bit integers as floats
 #if defined(__AVX512F__)
@@ -38,7 +42,14 @@ static inline v16 widen(const int8_t* p) {  // sixteen 8-bit integers as floats
 #endif
 }
 static inline void store(float* p, v16 v) { memcpy(p, &v, sizeof v); }
-static inline void store(float* p, v16 v, int64_t count) { memcpy(p, &v, (count < LANES ? count : LANES) * sizeof(float)); }
+static inline void store(float* p, v16 v, int64_t count) {  // the first `count` lanes
+    if (count >= LANES) return store(p, v);
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (1u << count) - 1, (__m512)v);
+#else
+    memcpy(p, &v, count * sizeof(float));
+#endif
+}
 
 static inline v16 fma(v16 a, v16 b, v16 c) {
 #if defined(__AVX512F__)
@@ -50,21 +61,36 @@ static inline v16 fma(v16 a, v16 b, v16 c) {
 }
 // to the nearest integer, ties to even, for |a| < 2^22
 static inline v16 round_even(v16 a) { return (a + splat(12582912.f)) - splat(12582912.f); }
-// `a` where it is not a number
+// the lesser and the greater of both, `a` where it is not a number
+#if defined(__AVX512F__)
+static inline v16 smaller(v16 a, v16 b) { return (v16)_mm512_min_ps((__m512)b, (__m512)a); }
+static inline v16 greater(v16 a, v16 b) { return (v16)_mm512_max_ps((__m512)b, (__m512)a); }
+#else
 static inline v16 smaller(v16 a, v16 b) { return b < a ? b : a; }
 static inline v16 greater(v16 a, v16 b) { return b > a ? b : a; }
+#endif
 
+// lanes move down by WIDTH, which is 8, 4, 2 or 1; what stands in the last ones then is of no use
+template <int WIDTH>
+static inline v16 down(v16 v) {
+    i16 from = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return __builtin_shuffle(v, (from + WIDTH) & 15);
+}
 static inline float sum(v16 v) {  // one fixed tree
-    float s[LANES];
-    memcpy(s, &v, sizeof s);
-    for (int width = LANES / 2; width > 0; width /= 2)
-        for (int i = 0; i < width; i++) s[i] += s[i + width];
-    return s[0];
+    v += down<8>(v);
+    v += down<4>(v);
+    v += down<2>(v);
+    return v[0] + v[1];
+}
+static inline float greatest(v16 v) {
+    v = greater(v, down<8>(v));
+    v = greater(v, down<4>(v));
+    v = greater(v, down<2>(v));
+    return greater(v, down<1>(v))[0];
 }
 
-// exp(x) - 1, by x = n ln 2 + r and the Taylor series of r (|r| <= 0.35); x is limited to +-87
+// exp(x) - 1 = power * result + (power - 1) for |x| <= 87, by x = n ln 2 + r and the Taylor series of r (|r| <= 0.35)
 static inline v16 expm1(v16 x, v16* power) {
-    x = smaller(greater(x, splat(-87.f)), splat(87.f));
     v16 n = round_even(x * splat(1.44269504088896341f));
     v16 r = fma(n, splat(-0.693145751953125f), x);
     r = fma(n, splat(-1.42860682030941723e-6f), r);
@@ -79,7 +105,7 @@ static inline v16 expm1(v16 x, v16* power) {
     return p;
 }
 static inline v16 exp(v16 x) {
-    v16 power, p = expm1(x, &power);
+    v16 power, p = expm1(smaller(greater(x, splat(-87.f)), splat(87.f)), &power);
     return fma(power, p, power);
 }
 // (e^2x - 1) / (e^2x + 1), accurate relative to x for small x
