@@ -26,6 +26,7 @@ def page(root: Path) -> str:
         *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
         *_runs("Grid of rotations, seed 0", [root / "demo" / "seed-0", *root.glob("phase-bits/*")], "phase_bits"),
         *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*"))),
+        *_tasks("A number in text: controls of equal size", sorted(root.glob("needle-controls/*"))),
         *_memory("How it does it", sorted(root.glob("*/**/memory.json"))),
     ]
     return "\n\n".join(parts) + "\n"
@@ -90,18 +91,19 @@ def _runs(title: str, folders: list[Path], head: str) -> list[str]:
 def _tasks(title: str, folders: list[Path]) -> list[str]:
     rows = []
     for folder in folders:
-        plan, last = load(folder / "config.json")["recipe"], metrics(folder)[-1]
+        config, last = load(folder / "config.json"), metrics(folder)[-1]
+        plan = config["recipe"]
         for stored in (load(path) for path in sorted(folder.glob("*.json")) if path.name != "config.json"):
             text = Path(stored["text"] or "").stem
             rows += [
-                [stored["task"], f"{plan['size']:,}", f"{plan['steps']:,}", f"{last['bytes'] / 1e6:.1f} MB",
-                 c["variant"], text, f"{c['size']:,}", f"{c['distance']:.12g}", f"{c['strings']:,}",
-                 _percent(c["exact"]), _percent(c["letters"]),
+                [stored["task"], config["architecture"], f"{plan['size']:,}", f"{plan['steps']:,}",
+                 f"{last['bytes'] / 1e6:.1f} MB", c["variant"], text, f"{c['size']:,}",
+                 f"{c['distance']:.12g}", f"{c['strings']:,}", _percent(c["exact"]), _percent(c["letters"]),
                  "" if c["control"] is None else _percent(c["control"]["letters"])]
                 for c in stored["cells"]
             ]  # fmt: skip
-    heads = ["task", "trained up to", "steps", "bytes seen", "variant", "text", "size", "depth", "answers", "exact",
-             "bytes right", "memory off: bytes right"]  # fmt: skip
+    heads = ["task", "model", "trained up to", "steps", "bytes seen", "variant", "text", "size", "depth", "answers",
+             "exact", "bytes right", "memory off: bytes right"]  # fmt: skip
     return [f"## {title}", table(heads, rows)] if rows else []
 
 
