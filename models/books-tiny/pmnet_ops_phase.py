@@ -143,9 +143,9 @@ def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -
     slots, width = geometry.shape[2:]
     query, geometry = query.contiguous(), geometry.contiguous()
     weights, values = query.new_empty(batch, length, slots, heads), query.new_empty(batch, length, heads * size)
-    for q, g, a, v in _in_blocks(query, geometry, weights, values):
+    for keys, mixed, q, g, a, v in _in_blocks(query, geometry, weights, values):
         count = q.shape[0]
-        keys, mixed = products(g.view(-1, width), weight[: heads * size], None), q.new_empty(count, heads, width)
+        products(g.view(-1, width), weight[: heads * size], None, out=keys)
         kernels().address(*pointers(q, keys, bias, a), count, slots, heads, size)
         kernels().mix(*pointers(a, g, mixed), count, slots, heads, width)
         for r, part in enumerate(_value_rows(heads, size)):
@@ -163,9 +163,9 @@ def _read_slots_backward(
     query, geometry, upstream = query.contiguous(), geometry.contiguous(), upstream.contiguous()
     grads = torch.empty_like(query), torch.empty_like(geometry)
     grad_weight, grad_bias, wide = torch.zeros_like(weight), torch.zeros_like(bias), heads * size
-    for q, g, a, up, grad_query, grad_geometry in _in_blocks(query, geometry, weights, upstream, *grads):
+    for keys, mixed, q, g, a, up, grad_query, grad_geometry in _in_blocks(query, geometry, weights, upstream, *grads):
         count = q.shape[0]
-        keys, mixed = products(g.view(-1, width), weight[:wide], None), q.new_empty(count, heads, width)
+        products(g.view(-1, width), weight[:wide], None, out=keys)
         slopes, grad_mixed = torch.empty_like(a), torch.empty_like(mixed)
         kernels().mix(*pointers(a, g, mixed), count, slots, heads, width)
         for r, part in enumerate(_value_rows(heads, size)):
@@ -183,11 +183,14 @@ def _read_slots_backward(
 
 
 def _in_blocks(query: Tensor, geometry: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Blocks of positions of tensors `[B, T, ...]`."""
-    slots, keys = geometry.shape[2], query.shape[2:].numel()
-    count = max(16, _ROWS // slots, _BLOCK // (slots * keys))
-    parts = (x.flatten(0, 1).split(count) for x in (query, geometry, *others))
-    return zip(*parts, strict=True)
+    """Blocks of positions of tensors `[B, T, ...]`, after room for their keys and mixed slots, the same every time."""
+    (heads, size), (slots, width) = query.shape[2:], geometry.shape[2:]
+    count = max(16, _ROWS // slots, _BLOCK // (slots * heads * size))
+    keys = query.new_empty(min(count, query.shape[:2].numel()) * slots, heads * size)
+    mixed = query.new_empty(len(keys) // slots, heads, width)
+    for parts in zip(*(x.flatten(0, 1).split(count) for x in (query, geometry, *others)), strict=True):
+        positions = parts[0].shape[0]
+        yield keys[: positions * slots], mixed[:positions], *parts
 
 
 def _value_rows(heads: int, size: int) -> list[slice]:
