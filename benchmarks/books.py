@@ -28,7 +28,7 @@ from pmnet.train.recipes import RECIPES
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the lowest is taken
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
-STEPS = {"models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000}  # of 4,096 bytes
+STEPS = {"models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000, "pieces": 1000}  # of 4,096 bytes
 app = typer.Typer(add_completion=False)
 
 
@@ -85,6 +85,12 @@ LONGER = (
     Entry("mamba2", ("--model", "mamba2"), "mamba2", "longer", ("--reset", "30KiB")),
 )
 
+PIECES = tuple(
+    Entry(entry.name, (*entry.options, "--piece", "4096"), entry.name, "pieces", entry.measured[:2])
+    for entry in MODELS
+    if entry.name in ("pmnet", "no-recurrence", "mamba2")
+)
+
 
 @app.command()
 def run(
@@ -94,7 +100,7 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER)
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES)
     for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
         if entry.rate_of is None:
             for rate in RATES:

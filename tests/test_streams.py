@@ -69,6 +69,27 @@ def test_an_epoch_reads_every_window_once_and_in_order(books, rows, processes):
     assert sum(piece in whole for piece in seen) >= len(whole) - rows * processes - 1
 
 
+def test_pieces_are_read_in_order_each_from_an_empty_state(books):
+    files = open_files([books])
+    windows = ContiguousWindows(files, 32, 1, 7, piece=80)
+    found = []
+    for index in range(windows.steps):
+        batch = windows.batch(index)
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        text = bytes(labels[labels != -100].tolist())
+        if batch["restart"][0]:
+            found.append((ids[0].item(), text))
+        else:
+            assert ids[0] == found[-1][1][-1]
+            found[-1] = found[-1][0], found[-1][1] + text
+    whole = [path.read_bytes() for path in files.paths]
+    expected = [(book[at - 1] if at else BOS, book[at : at + 80]) for book in whole for at in range(0, len(book), 80)]
+    assert sorted(found) == sorted(expected)
+    assert found != expected
+    with pytest.raises(ValueError, match="pieces of 31 bytes are shorter than windows of 32"):
+        ContiguousWindows(files, 32, 1, 7, piece=31)
+
+
 def test_order_is_a_function_of_seed_and_epoch(books):
     files = open_files([books])
     windows, again = ContiguousWindows(files, 32, 2, 7), ContiguousWindows(files, 32, 2, 7)

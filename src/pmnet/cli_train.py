@@ -36,6 +36,7 @@ def train_command(
     batch_size: Annotated[int | None, typer.Option(min=1)] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
     carry: Annotated[bool | None, typer.Option(help="Read files in order, carrying the state (lm).")] = None,
+    piece: Annotated[int | None, typer.Option(min=2, help="Bytes that are read in order in one go (lm).")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Keys that attention sees, of a PMNet.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
@@ -55,7 +56,7 @@ def train_command(
     if name not in recipes:
         raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
     changes: dict[str, Any] = {
-        "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "size": size,
+        "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "piece": piece, "size": size,
         "learning_rate": learning_rate, "clip": clip, "seed": seed, "precision": precision, "compile": compile,
         "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
@@ -87,5 +88,8 @@ def train_command(
 
 
 def _byte_task(data: list[Path], recipe: Recipe, processes: int) -> ByteTask:
+    if recipe.piece is not None and not recipe.carry:
+        raise ValueError("--piece is for reading in order: it needs --carry")
     given = (open_files(data), recipe.length, recipe.batch_size, recipe.seed)
-    return ByteTask(ContiguousWindows(*given, processes) if recipe.carry else RandomWindows(*given))
+    windows = ContiguousWindows(*given, processes, recipe.piece) if recipe.carry else RandomWindows(*given)
+    return ByteTask(windows)

@@ -18,20 +18,37 @@ class ContiguousWindows:
     lane. The last window of a document is padded (label -100). Batch i is a function of the seed and i alone, so the
     cursor of a resumed run is one number.
 
+    A few long documents keep a row busy for the whole of a short run, and a carried state then tells the model little
+    but which row it is in. With `piece`, documents are cut into pieces, and the pieces are put in order instead.
+
     Args:
         files: what to read.
         length: T.
         batch_size: B, rows of one process.
         seed: of the order of documents.
         processes: how many share the lanes; batch `i` is for process `i % processes`.
+        piece: bytes that are read in one go; None reads whole documents.
 
     Raises:
-        ValueError: if there are fewer windows than rows.
+        ValueError: if there are fewer windows than rows, or a piece is shorter than a window.
     """
 
-    def __init__(self, files: ByteFiles, length: int, batch_size: int, seed: int, processes: int = 1):
+    def __init__(
+        self,
+        files: ByteFiles,
+        length: int,
+        batch_size: int,
+        seed: int,
+        processes: int = 1,
+        piece: int | None = None,
+    ):
+        if piece is not None and piece < length:
+            raise ValueError(f"pieces of {piece:,} bytes are shorter than windows of {length:,}")
         self.files, self.length, self.batch_size, self.seed, self.processes = files, length, batch_size, seed, processes
-        self.windows = np.array([-(-size // length) for size in files.sizes])
+        starts = [range(0, size, piece or size) for size in files.sizes]
+        self.pieces = [(file, start) for file, found in enumerate(starts) for start in found]
+        sizes = [min(piece or files.sizes[file], files.sizes[file] - start) for file, start in self.pieces]
+        self.sizes, self.windows = sizes, np.array([-(-size // length) for size in sizes])
         self.steps = int(self.windows.sum()) // (batch_size * processes)
         if self.steps == 0:
             raise ValueError(
@@ -50,12 +67,14 @@ class ContiguousWindows:
         for row in range(self.batch_size):
             window = (process * self.batch_size + row) * self.steps + step
             place = int(np.searchsorted(ends, window, side="right"))
-            file = int(order[place])
-            start = int(window - (ends[place] - self.windows[file])) * self.length
-            data = self.files.read(file, max(0, start - 1), min(self.files.sizes[file], start + self.length))
+            piece = int(order[place])
+            (file, first), size = self.pieces[piece], self.sizes[piece]
+            inside = int(window - (ends[place] - self.windows[piece])) * self.length
+            start, stop = first + inside, first + min(size, inside + self.length)
+            data = self.files.read(file, max(0, start - 1), stop)
             text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
             seen = text[:-1] if start else torch.cat([text.new_tensor([BOS]), text[:-1]])
             ids[row, : len(seen)] = seen
             labels[row, : len(seen)] = text[-len(seen) :]
-            restart[row] = start == 0 or step == 0
+            restart[row] = inside == 0 or step == 0
         return {"input_ids": ids, "labels": labels, "restart": restart}

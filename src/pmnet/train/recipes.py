@@ -20,6 +20,7 @@ class Recipe:
         batch_size: B.
         length: T (files only; other tasks have their own).
         carry: read files in order, and carry the state from window to window, if it has a constant size (files only).
+        piece: with `carry`, bytes that a row reads in one go before it turns to another place; None: a whole file.
         size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
         gap: least filler between question and answer in training (copy-paste), the reach of the attention.
         learning_rate: peak of the optimizer.
@@ -43,6 +44,7 @@ class Recipe:
     batch_size: int = 32
     length: int = 512
     carry: bool = False
+    piece: int | None = None
     size: int = 8
     gap: int = 15
     learning_rate: float = 5e-4
