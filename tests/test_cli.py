@@ -123,6 +123,9 @@ def test_bad_data_is_named(model, tmp_path):
     fails(["train", "--data", empty, "--out", tmp_path / "r"], "empty")
     fails(["train", "--data", folder, "--out", tmp_path / "r"], "no bytes", "hollow")
     fails(["train", "--out", tmp_path / "r"], "--data")
+    pieces = ["train", "--data", model / "config.json", "--out", tmp_path / "r", "--piece", "600"]
+    fails([*pieces, "--no-carry"], "--piece", "--carry")
+    fails([*pieces, "--length", "601"], "pieces of 600 bytes")
     fails(["train", "poetry"], "unknown task 'poetry'")
     fails(["train", "--preset", "huge", "--data", empty], "unknown preset 'huge'")
     fails(["eval", "bits", model, "--data", tmp_path / "nowhere"], "nowhere")
