@@ -143,6 +143,26 @@ def test_the_needles_in_a_novel_are_stored():
     assert quoted in text
 
 
+def test_the_controls_of_the_needles_are_stored():
+    folder, text = (
+        ROOT / "results" / "retrieval" / "needle-controls",
+        " ".join((ROOT / "README.md").read_text().split()),
+    )
+    cells = {
+        (name, file, cell["size"], cell["distance"]): cell
+        for name, file in (("mamba2", "needle"), ("mamba2", "novel"), ("llama", "needle"))
+        for cell in json.loads((folder / name / f"{file}.json").read_text())["cells"]
+    }
+    near = min(cells["mamba2", "needle", 1024, depth]["exact"] for depth in (0.1, 0.5, 0.9))
+    assert f"a Mamba-2 finds {100 * near:.1f} % at 1,024 bytes (lowest of three depths)" in text
+    found, lost = (cells["mamba2", "novel", size, 0.5] for size in (1024, 8192))
+    assert found["exact"] == 1
+    quoted = f"all of {found['strings']} at 1,024 bytes of the novel, and at 8,192 bytes "
+    assert quoted + f"{lost['exact'] * lost['strings']:.0f} of {lost['strings']}" in text
+    assert all(cells["llama", "needle", 128, depth]["exact"] == 1 for depth in (0.1, 0.5, 0.9))
+    assert all(cells["llama", "needle", 1024, depth]["exact"] == 0 for depth in (0.1, 0.5, 0.9))
+
+
 def test_the_million_bytes_of_the_readme_are_stored():
     (cell,) = json.loads((ROOT / "results" / "retrieval" / "demo" / "million" / "copy-paste.json").read_text())["cells"]
     hits, low = round(cell["exact"] * cell["strings"]), 100 * cell["low"]
