@@ -28,7 +28,9 @@ from pmnet.train.recipes import RECIPES
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the lowest is taken
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
-STEPS = {"models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000, "pieces": 1000}  # of 4,096 bytes
+STEPS = {  # of 4,096 bytes
+    "models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000, "pieces": 1000, "pieces-longer": 3000,
+}  # fmt: skip
 app = typer.Typer(add_completion=False)
 
 
@@ -86,9 +88,9 @@ LONGER = (
 )
 
 PIECES = tuple(
-    Entry(entry.name, (*entry.options, "--piece", "4096"), entry.name, "pieces", entry.measured[:2])
-    for entry in MODELS
-    if entry.name in ("pmnet", "no-recurrence", "mamba2")
+    Entry(entry.name, (*entry.options, "--piece", "4096"), entry.name, group, entry.measured[:2])
+    for group in ("pieces", "pieces-longer")
+    for entry in MODELS[:2]
 )
 
 
