@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.books import ABLATIONS, GRID_STEPS, MODELS, NARROW, RATES, SEEDS, Entry, final_bits
+from benchmarks.books import ABLATIONS, GRID_STEPS, LONGER, MODELS, NARROW, PIECES, RATES, SEEDS, Entry, final_bits
 from benchmarks.pages import load, metrics, table
 from pmnet.eval.longcontext import POINTS, beyond, slope
 from pmnet.report.plots import plot_longcontext
@@ -28,11 +28,15 @@ def text(root: Path) -> str:
         "commit, versions and machine. Bits per byte of held-out novels, read from their beginning; *beyond* n: over\n"
         "all bytes from position n on; *slope*: bits per byte for each doubling of the position after 8 KiB;\n"
         "*process*: memory resident at the end. In a comparison all models have read the same bytes in one order,\n"
-        "but `no-carry`, which read windows in random order: differences to it contain those of the data.",
+        "but `no-carry`, which read windows in random order: differences to it contain those of the data. So do those\n"
+        "between a table of whole documents and one of pieces.",
         *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_needle(root / "needle" / "needle.json"),
         *_comparison("Models", _stored(root, MODELS)),
         *_comparison("Another seed: other initial weights, another order of the books", _stored(root, SEEDS)),
+        *_comparison("Three times the bytes", _stored(root, LONGER)),
+        *_comparison("Read in pieces of 4,096 bytes, each from an empty state", _stored(root, PIECES[:2])),
+        *_comparison("Such pieces, three times the bytes", _stored(root, PIECES[2:])),
         *_comparison(
             "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
         ),
@@ -41,7 +45,7 @@ def text(root: Path) -> str:
             [root / "first" / entry.name for entry in (*MODELS, *ABLATIONS) if (root / "first" / entry.name).exists()],
         ),
         *_comparison("Attention that sees two keys and reaches 4 bytes", _stored(root, NARROW)),
-        *_writes(_stored(root, (*MODELS, *ABLATIONS, *NARROW))),
+        *_writes(_stored(root, (*MODELS, *LONGER, *PIECES, *ABLATIONS, *NARROW))),
         *_grid(root / "grid"),
         *_speed(root / "speed.json"),
     ]
