@@ -45,10 +45,13 @@ class ContiguousWindows:
         if piece is not None and piece < length:
             raise ValueError(f"pieces of {piece:,} bytes are shorter than windows of {length:,}")
         self.files, self.length, self.batch_size, self.seed, self.processes = files, length, batch_size, seed, processes
-        starts = [range(0, size, piece or size) for size in files.sizes]
-        self.pieces = [(file, start) for file, found in enumerate(starts) for start in found]
-        sizes = [min(piece or files.sizes[file], files.sizes[file] - start) for file, start in self.pieces]
-        self.sizes, self.windows = sizes, np.array([-(-size // length) for size in sizes])
+        sizes = np.array(files.sizes)
+        longest = sizes if piece is None else np.full_like(sizes, piece)
+        self.file = np.repeat(np.arange(len(sizes)), -(-sizes // longest))  # of every piece
+        self.start = np.concatenate([np.arange(0, *each) for each in zip(sizes, longest, strict=True)])
+        self.size = np.minimum(longest[self.file], sizes[self.file] - self.start)
+        self.windows = -(-self.size // length)
+        self.epoch, self.order, self.ends = -1, self.file, self.file  # drawn with the first batch
         self.steps = int(self.windows.sum()) // (batch_size * processes)
         if self.steps == 0:
             raise ValueError(
@@ -59,17 +62,18 @@ class ContiguousWindows:
         """`input_ids` and `labels`, int64 `[B, T]`, and `restart`, bool `[B]`: the row starts from an empty state."""
         step, process = divmod(index, self.processes)
         epoch, step = divmod(step, self.steps)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
-        ends = self.windows[order].cumsum()
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
+            self.ends = self.windows[self.order].cumsum()
         ids = torch.zeros(self.batch_size, self.length, dtype=torch.int64)
         labels = torch.full((self.batch_size, self.length), -100, dtype=torch.int64)
         restart = torch.zeros(self.batch_size, dtype=torch.bool)
         for row in range(self.batch_size):
             window = (process * self.batch_size + row) * self.steps + step
-            place = int(np.searchsorted(ends, window, side="right"))
-            piece = int(order[place])
-            (file, first), size = self.pieces[piece], self.sizes[piece]
-            inside = int(window - (ends[place] - self.windows[piece])) * self.length
+            place = int(np.searchsorted(self.ends, window, side="right"))
+            piece = self.order[place]
+            inside = int(window - (self.ends[place] - self.windows[piece])) * self.length
+            file, first, size = (int(each[piece]) for each in (self.file, self.start, self.size))
             start, stop = first + inside, first + min(size, inside + self.length)
             data = self.files.read(file, max(0, start - 1), stop)
             text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
