@@ -1,6 +1,7 @@
 """What is stored is what is shown: pages made of results, the model in the box and its card."""
 
 import json
+import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -250,6 +251,31 @@ def test_what_the_readme_finds_in_the_books_is_stored():
         assert sentence in text
     speed = json.loads((books_page.ROOT / "speed.json").read_text())["models"]["mamba2"]["train"]["times_first"]
     assert f"the PMNet trains {1 / speed:.1f} times as fast as the Mamba-2 of equal size" in text
+
+
+def test_what_more_bytes_and_pieces_give_is_stored():
+    text = " ".join((ROOT / "README.md").read_text().split())
+    longer, without = rows_of("longer", "pmnet"), rows_of("longer", "no-recurrence")
+    carried, reset, alone = (far(longer["carried"]), far(longer["reset every 30720"]), far(without["carried"]))
+    assert f"takes {carried:.3f} bits beyond 8 KiB with its state carried, {reset:.3f} with a reset" in text
+    assert f"one trained without recurrence {alone:.3f}." in text
+    last = [fmean(bits[-1] for bits in longer[mode]["bits"]) for mode in ("carried", "recurrence off")]
+    assert f"{last[0] - last[1]:.3f} bits from 256 to 512 KiB" in text
+    losses = []
+    for name in ("pmnet", "no-recurrence"):
+        lines = (books_page.ROOT / "longer" / name / "metrics.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines]
+        losses.append(fmean(row["loss"] for row in rows if row["step"] > 5 / 8 * rows[-1]["step"]) / math.log(2))
+    assert f"the loss is {losses[1] - losses[0]:.3f} bits lower than without" in text
+    worth, better = [], []
+    for group in ("pieces", "pieces-longer"):
+        rows, other = rows_of(group, "pmnet"), rows_of(group, "no-recurrence")
+        base = far(rows["carried"])
+        assert abs(far(rows["reset every 30720"]) - base) < 0.001
+        worth.append(far(rows["recurrence off"]) - base)
+        better.append(base - far(other["carried"]))
+    assert f"is worth {worth[0]:.3f} bits on the same weights after 4.1 MB and {worth[1]:.3f} after 12.3 MB" in text
+    assert f"the model trained without it is {better[0]:.3f} and {better[1]:.3f} better" in text
 
 
 def test_the_memories_of_the_readme_are_stored():
