@@ -30,13 +30,14 @@ def text(root: Path) -> str:
         "*process*: memory resident at the end. In a comparison all models have read the same bytes in one order,\n"
         "but `no-carry`, which read windows in random order: differences to it contain those of the data. So do those\n"
         "between a table of whole documents and one of pieces.",
-        *_comparison("The model in the box", [path.parent for path in root.glob("box/longcontext.json")]),
         *_needle(root / "needle" / "needle.json"),
         *_comparison("Models", _stored(root, MODELS)),
         *_comparison("Another seed: other initial weights, another order of the books", _stored(root, SEEDS)),
         *_comparison("Three times the bytes", _stored(root, LONGER)),
         *_comparison("Read in pieces of 4,096 bytes, each from an empty state", _stored(root, PIECES[:2])),
-        *_comparison("Such pieces, three times the bytes", _stored(root, PIECES[2:])),
+        *_comparison(
+            "Such pieces, three times the bytes: the first is the model in the box", _stored(root, PIECES[2:])
+        ),
         *_comparison(
             "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
         ),

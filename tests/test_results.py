@@ -203,7 +203,7 @@ def test_the_books_of_the_readme_are_stored():
 
 def test_the_card_of_the_books_quotes_the_stored_figures():
     box = ROOT / "models" / "books-tiny"
-    stored = json.loads((books_page.ROOT / "box" / "longcontext.json").read_text())
+    stored = json.loads((books_page.ROOT / "pieces-longer" / "pmnet" / "longcontext.json").read_text())
     text = (box / "README.md").read_text()
     assert f"{load_model(box).num_parameters():,}" in text
     for row in stored["rows"]:

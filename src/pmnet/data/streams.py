@@ -18,8 +18,8 @@ class ContiguousWindows:
     lane. The last window of a document is padded (label -100). Batch i is a function of the seed and i alone, so the
     cursor of a resumed run is one number.
 
-    A few long documents keep a row busy for the whole of a short run, and a carried state then tells the model little
-    but which row it is in. With `piece`, documents are cut into pieces, and the pieces are put in order instead.
+    A long document can keep a row busy for the whole of a short run. With `piece`, documents are cut into pieces, and
+    the pieces are put in order instead.
 
     Args:
         files: what to read.
