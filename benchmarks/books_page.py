@@ -36,7 +36,7 @@ def text(root: Path) -> str:
         *_comparison("Three times the bytes", _stored(root, LONGER)),
         *_comparison("Read in pieces of 4,096 bytes, each from an empty state", _stored(root, PIECES[:2])),
         *_comparison(
-            "Such pieces, three times the bytes: the first is the model in the box", _stored(root, PIECES[2:])
+            "Such pieces, three times the bytes: the first is `models/books-tiny`", _stored(root, PIECES[2:])
         ),
         *_comparison(
             "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
@@ -93,7 +93,7 @@ def _needle(path: Path) -> list[str]:
         for c in load(path)["cells"]
     ]  # fmt: skip
     heads = ["bytes of a novel", "depth", "numbers", "exact", "95 %", "digits right"]
-    return ["## A number in a book, asked of the model in the box, which was not trained to answer", table(heads, rows)]
+    return ["## A number in a book, asked of `models/books-tiny`, which was not trained to answer", table(heads, rows)]
 
 
 def _writes(folders: list[Path]) -> list[str]:

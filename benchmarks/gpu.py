@@ -141,14 +141,9 @@ def advance(model: torch.nn.Module, cache: PMNetCache, ids: Tensor) -> Tensor:
     """
     moving = copy.copy(cache)
     logits = model(ids, past_key_values=moving).logits
-    for old, new in zip(_tensors(cache), _tensors(moving), strict=True):
+    for old, new in zip(cache.tensors(), moving.tensors(), strict=True):
         old.copy_(new)
     return logits
-
-
-def _tensors(cache: PMNetCache) -> list[Tensor]:
-    window = [tensor for past in cache.window for tensor in past]
-    return [*cache.memory, *window, cache.seen, cache.in_document, cache.next_position]
 
 
 def capture(step: Run) -> Run:

@@ -50,6 +50,22 @@ def test_train_eval_generate(text, tmp_path):
     assert printed.startswith("It was")
 
 
+def test_a_refused_resume_leaves_the_record_of_the_run(text, tmp_path):
+    run = tmp_path / "run"
+    common = ["train", "--data", text, "--out", run, "--batch-size", 2, "--length", 16]
+    assert run_cli(list(map(str, [*common, "--steps", 1])))[0] == 0
+    before = (run / "config.json").read_bytes()
+    fails([*common, "--steps", 2, "--resume"], "another recipe")
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_wider_window_asks_from_beyond_its_reach(tmp_path):
+    """Otherwise attention could answer, and the memory would not be learned."""
+    command = ["train", "copy-paste", "--window", "12", "--steps", "1", "--batch-size", "2", "--size", "1"]
+    assert run_cli([*command, "--out", str(tmp_path)])[0] == 0
+    assert json.loads((tmp_path / "config.json").read_text())["recipe"]["gap"] == 2 * 11 + 1
+
+
 def test_bits_are_those_of_one_parallel_pass(model, text):
     network = pmnet.PMNetForCausalLM.from_pretrained(model)
     data = torch.tensor([[257, *text.read_bytes()]])
@@ -94,7 +110,9 @@ def test_every_task_is_measured(model, text, tmp_path, task, sizes, variants, di
 def test_bad_grids_are_named(model):
     start = ["eval", "retrieval", model]
     fails([*start, "--task", "chess"], "unknown task 'chess'")
-    fails([*start, "--distances", "far"], "not 'far'")
+    for distance in ("far", "inf", "nanx", "-4"):
+        fails([*start, "--distances", distance], f"not '{distance}'")
+    fails(["eval", "memory", model, "--gap", "16"], "within the reach")
     fails([*start, "--variants", "snow"], "unknown filler 'snow'")
     fails([*start, "--text", "/nowhere"], "no file at /nowhere")
     fails([*start, "--sizes", "many"], "'many'")
@@ -107,7 +125,7 @@ def test_bad_grids_are_named(model):
 def test_state_continues_in_another_process(model, tmp_path):
     start = ["generate", str(model), "--temperature", "0"]
     _, whole = run_cli([*start, "--prompt", "abc", "--bytes", "4"])
-    state = str(tmp_path / "state.safetensors")
+    state = str(tmp_path / "new" / "state.safetensors")
     run_cli([*start, "--prompt", "a", "--bytes", "1", "--save-state", state])
     assert whole
     cache = pmnet.PMNetCache.load(state)

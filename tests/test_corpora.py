@@ -90,11 +90,14 @@ def test_what_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(subprocess, "run", refuse)
     with pytest.raises(OSError, match=r"could not fetch thing==1: no such package"):
         corpora._fetched(Source("pypi", "thing==1", lambda folder: iter(())), tmp_path / "a")
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: None)  # it says nothing and fetches nothing
+    with pytest.raises(OSError, match=r"no \*\.whl in"):
+        corpora._fetched(Source("pypi", "thing==1", lambda folder: iter(())), tmp_path / "d")
     monkeypatch.setattr("shutil.which", lambda tool: None)
     with pytest.raises(OSError, match="there is no apt-get here"):
         corpora._fetched(Source("debian", "thing", lambda folder: iter(())), tmp_path / "b")
     (tmp_path / "c" / "files").mkdir(parents=True)
-    with pytest.raises(OSError, match=r"c has no mobydick\.txt"):
+    with pytest.raises(OSError, match=r"no mobydick\.txt in .*c"):
         next(corpora._moby_dick(tmp_path / "c" / "files"))
 
 

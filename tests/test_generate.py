@@ -9,7 +9,8 @@ import torch
 from transformers import TextIteratorStreamer
 
 import pmnet
-from tests.conftest import random_ids, small_model
+from pmnet.model.stream import stream_bytes
+from tests.conftest import assert_same_state, random_ids, small_model
 
 QUIET = {"pad_token_id": 256, "eos_token_id": None}
 
@@ -185,3 +186,33 @@ def test_damaged_or_foreign_states_are_named(model, tmp_path):
         model(random_ids(1, 2), past_key_values=pmnet.PMNetCache(small_model("wide").config))
     with pytest.raises(ValueError, match="does not fit"), torch.no_grad():
         model(random_ids(1, 2), past_key_values=pmnet.PMNetCache(model.config, 2))
+
+
+def test_a_stream_of_a_published_model_begins_with_its_own_bos_and_draws_no_special_ids():
+    model = small_model("deep", pad_token_id=0, bos_token_id=254, eos_token_id=255)
+    cache = pmnet.PMNetCache(model.config)
+    torch.manual_seed(0)
+    drawn = b"".join(stream_bytes(model, b"ab", cache, 1500, temperature=100.0))  # nearly uniform
+    assert len(set(drawn)) > 240
+    assert not {0, 254, 255} & set(drawn)
+    expected = pmnet.PMNetCache(model.config)
+    with torch.no_grad():
+        model(torch.tensor([[254, *b"ab", *drawn]]), past_key_values=expected)
+    assert_same_state(cache, expected)
+
+
+def test_an_empty_nucleus_is_greedy(model):
+    streams = (
+        b"".join(stream_bytes(model, b"ab", pmnet.PMNetCache(model.config), 20, temperature, top_p))
+        for temperature, top_p in ((0.0, 1.0), (1.0, 0.0))
+    )
+    assert next(streams) == next(streams)
+
+
+def test_a_state_that_cannot_be_written_is_named_and_leaves_nothing(model, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        pmnet.PMNetCache(model.config).save(tmp_path / "nowhere" / "state.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        pmnet.PMNetCache(model.config).save(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]

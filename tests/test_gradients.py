@@ -208,7 +208,6 @@ def test_capacity_without_circle_or_rounding_is_the_theory():
         assert float(right) == pytest.approx(saturation.superposition(16, writes, 64), abs=0.03)
     rows = saturation.capacity(8, 40, 0)
     assert {row["phase_bits"] for row in rows} == set(saturation.BITS)
-    assert all(0 <= row["accuracy"] <= 1 for row in rows)
     lost = [row for row in rows if row["phase_bits"] == 4 and row["scale"] == 0.05]
     assert all(row["accuracy"] < 0.1 for row in lost)  # rounded to nothing, nothing can be read
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmnet.ops import circular_difference, lookup, phase_scan, phase_write, to_radians, to_turns
+from pmnet.ops import circular_difference, lookup, phase_scan, phase_write, to_radians, to_turns, use_backend
 from pmnet.ops.reference import phase_scan_reference
 from pmnet.ops.scan import scan_rotations
 
@@ -81,6 +81,17 @@ def test_padding_writes_nothing():
     kept, kept_final = phase_scan(to_turns(delta)[valid][None], segments[valid][None], to_turns(state))
     assert torch.equal(states[valid], kept[0])
     assert torch.equal(final, kept_final)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+def test_padding_begins_no_document(backend):
+    """A padded position of a later document leaves the memory of the earlier one alone."""
+    weights, raw, groups, memory = write_problem(1, 6, 3, 2, 4, torch.float32)
+    documents, valid = torch.tensor([[0, 0, 0, 0, 1, 1]]), torch.tensor([[True] * 4 + [False] * 2])
+    with use_backend(backend):
+        _, after = phase_write(weights, raw, groups, memory, documents, valid)
+        _, wanted = phase_write(weights[:, :4], raw[:, :4], groups[:, :4], memory)
+    assert torch.equal(after, wanted)
 
 
 @pytest.mark.parametrize("bits", [4, 7, 32])

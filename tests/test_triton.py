@@ -102,7 +102,7 @@ def test_states_do_not_depend_on_memory_layout():
     assert_same_states((*strided, segments, state.mT.contiguous().mT, None, None), bits=32)
 
 
-def plain_angles(weights, rotation, segments, documents, valid, cumulative, scale_gradient):
+def plain_angles(weights, rotation, segments, documents, valid, scale_gradient):
     """Angles as a product with the matrix of "same segment and not later": differentiable, any float dtype."""
     delta = (weights.unsqueeze(-1) * rotation.unsqueeze(-2)).flatten(2)
     same = segments.unsqueeze(2) == segments.unsqueeze(1)
@@ -113,7 +113,7 @@ def plain_angles(weights, rotation, segments, documents, valid, cumulative, scal
     if scale_gradient:
         factor = same.sum(2, keepdim=True).clamp(min=1).rsqrt()
         delta = delta.detach() + factor * (delta - delta.detach())
-    return torch.tril(same) @ delta if cumulative else delta
+    return torch.tril(same) @ delta
 
 
 def assert_within_budget(names, got, plain, oracle):
@@ -125,19 +125,19 @@ def assert_within_budget(names, got, plain, oracle):
 
 
 @pytest.mark.parametrize(("shape", "ragged"), [(WRITES[0], False), (WRITES[0], True), (WRITES[2], True)])
-@pytest.mark.parametrize(("cumulative", "scale_gradient"), [(True, True), (True, False), (False, True)])
-def test_write_gradient(shape, ragged, cumulative, scale_gradient):
+@pytest.mark.parametrize("scale_gradient", [True, False])
+def test_write_gradient(shape, ragged, scale_gradient):
     weights, rotation, segments, _, documents, valid = write_problem(*shape, ragged)
     upstream = torch.randn(*shape[:2], shape[3] * shape[4], generator=torch.Generator().manual_seed(2)).to(DEVICE)
     real = torch.ones_like(segments, dtype=torch.bool) if valid is None else valid
 
     def plain(dtype):
         w, r = (x.to(dtype).requires_grad_() for x in (weights, rotation))
-        angles = plain_angles(w, r, segments, documents, valid, cumulative, scale_gradient)
+        angles = plain_angles(w, r, segments, documents, valid, scale_gradient)
         return [g[real] for g in torch.autograd.grad(angles, (w, r), upstream.to(dtype) * real.unsqueeze(-1))]
 
     plan = plan_segments(segments, shape[2], documents, valid)
-    got = write_gradient(upstream, weights, rotation, plan.order, plan.start, plan.end, cumulative, scale_gradient)
+    got = write_gradient(upstream, weights, rotation, plan.order, plan.start, plan.end, scale_gradient)
     assert all(g.isfinite().all() for g in got)
     assert_within_budget(("p", "theta"), [g[real] for g in got], plain(torch.float32), plain(torch.float64))
 
@@ -147,9 +147,9 @@ def test_write_gradient_of_padding_stays_there():
     plan = plan_segments(segments, 4, documents, valid)
     inputs = weights, rotation, plan.order, plan.start, plan.end
     upstream = torch.ones(1, 40, 15, device=DEVICE)
-    clean = write_gradient(upstream, *inputs, cumulative=True, scale_gradient=True)
+    clean = write_gradient(upstream, *inputs, scale_gradient=True)
     upstream[~valid] = math.nan
-    spoiled = write_gradient(upstream, *inputs, cumulative=True, scale_gradient=True)
+    spoiled = write_gradient(upstream, *inputs, scale_gradient=True)
     for a, b in zip(clean, spoiled, strict=True):
         assert torch.equal(a[valid], b[valid])
 

@@ -32,7 +32,7 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> None
     weights, rotation = torch.zeros(batch, length, slots), torch.zeros(batch, length, size)
     state = torch.zeros(batch, 4, slots * size, dtype=torch.int32)
     states, _ = write_states(weights, rotation, plan.order, plan.start, segments, state, documents, valid, 7)
-    write_gradient(states.float(), weights, rotation, plan.order, plan.start, plan.end, ragged, ragged)
+    write_gradient(states.float(), weights, rotation, plan.order, plan.start, plan.end, ragged)
     inputs = [
         torch.zeros(s, dtype=dtype)
         for s in ((batch, length, heads, size), (batch, length, slots, 2 * size), (heads * size, 2 * size))

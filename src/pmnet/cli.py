@@ -117,6 +117,8 @@ def generate_command(
         network = load_model(model, int8)
         cache = PMNetCache.load(state) if state else PMNetCache(network.config)
         cache.check_fits(network.config, 1)
+        if save_state:
+            save_state.parent.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(seed)
         text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer
         terminal.write(text)

@@ -66,9 +66,12 @@ def train_command(
         recipe.model.phase_bits = phase_bits
     if window is not None:
         recipe.model.sliding_window = window
+        recipe = replace(recipe, gap=recipe.model.receptive_field)
     if architecture != "pmnet":
         recipe = replace(recipe, model=control(architecture, recipe.model))
-    starting_point(run, resume)
+    if task != "lm":
+        recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
+    starting_point(run, resume, recipe.plan())
     main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     source: Task
     if task == "lm":
@@ -78,8 +81,7 @@ def train_command(
         if main:
             out.print(cost_line(recipe, processes), highlight=False)
     else:
-        source = LADDERS[task](recipe)
-        recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
+        source = LADDERS[task](recipe, processes)
     if main:
         facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
         write_json(run / "config.json", facts | {"recipe": recipe.facts(), "model": recipe.model.to_dict()})

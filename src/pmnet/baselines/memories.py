@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryWrite, Tokens, Visit
 from pmnet.model import PMNetForCausalLM
-from pmnet.ops import Linear, address, geometry, lookup, take_rows, to_angle
+from pmnet.ops import Linear, geometry, lookup, take_rows, to_angle
 
 KINDS = ("real", "gated", "fading")
 OPEN = math.log(0.98 / 0.02)  # added before the sigmoid of a gate: it begins by keeping 98 %
@@ -55,13 +55,6 @@ class PlainWrite(MemoryWrite):
         super().__init__(config)
         self.gate = None if config.memory_kind == "real" else Linear(config.hidden_size, 1)
         self.features = geometry if config.memory_kind == "fading" else plain
-
-    def propose(self, hidden: Tensor, visit: Visit, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slot to add to, p `[B, T, N]`, and what: `theta = pi * tanh(raw)`, raw `[B, T, M]`."""
-        normed = self.norm(hidden)
-        keys = self.proj_k(self.features(visit.field, anchors, visit.groups))
-        weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)
-        return weights, self.proj_out(self.proj_v(normed))
 
     def decay(self, hidden: Tensor) -> Tensor:
         """Logarithm of what each position keeps of its group, `[B, T]`, at most 0."""

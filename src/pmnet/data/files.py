@@ -1,4 +1,4 @@
-"""Bytes of files and folders, streamed through memory maps and never loaded whole.
+"""Bytes of files and folders, read window by window and never loaded whole.
 
 The text of several files is one stream of documents: file after file in sorted order, each preceded by BOS.
 """
@@ -87,7 +87,7 @@ class RandomWindows:
 
     def __init__(self, files: ByteFiles, length: int, batch_size: int, seed: int):
         self.files, self.length, self.batch_size, self.seed = files, length, batch_size, seed
-        starts = np.array([max(1, size - length) for size in files.sizes], dtype=np.float64)
+        starts = np.array([max(1, size - length + 1) for size in files.sizes], dtype=np.float64)
         self.weights = starts / starts.sum()
 
     def batch(self, index: int) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class RandomWindows:
         labels = torch.full((self.batch_size, self.length), -100, dtype=torch.int64)
         for row, file in enumerate(random.choice(len(self.files.sizes), self.batch_size, p=self.weights)):
             size = self.files.sizes[file]
-            start = int(random.integers(0, max(1, size - self.length)))
+            start = int(random.integers(0, max(1, size - self.length + 1)))
             data = self.files.read(int(file), start, min(size, start + self.length))
             text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
             before = BOS if start == 0 else self.files.read(int(file), start - 1, start)[0]

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from pmnet.data.files import ByteFiles
 from pmnet.model import PMNetCache, PMNetForCausalLM
-from pmnet.model.tokenizer import BOS
+from pmnet.model.tokenizer import first_id
 
 CHUNK = 2048
 
@@ -34,7 +34,7 @@ def bits_per_byte(
     nats, count = 0.0, 0
     for file, size in enumerate(files.sizes):
         cache = PMNetCache(model.config, 1, model.device, model.dtype)
-        before = BOS
+        before = first_id(model.config)
         size = min(size, limit or size)
         for start in range(0, size, CHUNK):
             data = files.read(file, start, min(size, start + CHUNK))

@@ -25,7 +25,7 @@ from pmnet.data.files import ByteFiles
 from pmnet.eval.ablate import anchors_off, recurrence_off
 from pmnet.eval.traces import Trace, spread_of_writes, traced
 from pmnet.model import PMNetForCausalLM
-from pmnet.model.tokenizer import BOS
+from pmnet.model.tokenizer import first_id
 from pmnet.ops import to_radians
 
 CHUNK = 1024
@@ -119,7 +119,7 @@ def bits_by_position(
     period = mode.reset or length
     phases = model.config.model_type == PMNetConfig.model_type
     traces: list[Trace] = []
-    started, before = time.perf_counter(), torch.full((len(books), 1), BOS)
+    started, before = time.perf_counter(), torch.full((len(books), 1), first_id(model.config))
     with ExitStack() as changes:
         if not mode.recurrence:
             changes.enter_context(recurrence_off(model))

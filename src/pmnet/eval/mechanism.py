@@ -29,10 +29,15 @@ def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drif
         drift: bytes of filler to stream for the drift of the state.
         seed: of the episodes.
 
+    Raises:
+        ValueError: if the gap is within the reach of the attention: no filler is then beyond it.
+
     Returns:
         `levels`: per level, occupancy, rotations, agreement and drift; `without`: shares of exact strings and of right
         bytes with nothing taken away, with the state of one level set to zero before PASTE, and with its anchors zero.
     """
+    if gap <= model.config.receptive_field:
+        raise ValueError(f"a gap of {gap} bytes is within the reach of attention, {model.config.receptive_field}")
     problem = CopyPaste((length, length), (gap, gap))
     episodes = problem.draw(strings, torch.Generator().manual_seed(seed))
     with traced(model) as traces:

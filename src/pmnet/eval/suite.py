@@ -1,5 +1,6 @@
 """The grids of `pmnet eval retrieval`: which problems of a task are measured, and what describes each."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,9 +108,12 @@ def _distance(text: str, reach: int | None) -> float:
     if text.endswith("x") and reach is None:
         raise ValueError(f"{text} is a multiple of the reach, which this model does not have: say what it is, or bytes")
     try:
-        return max(1, round(float(text[:-1]) * (reach or 0))) if text.endswith("x") else float(text)
+        value = float(text.removesuffix("x"))
     except ValueError:
-        raise ValueError(f"a distance is a number, or a multiple of the reach such as 8x, not {text!r}") from None
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ValueError(f"a distance is a number, or a multiple of the reach such as 8x, not {text!r}")
+    return max(1, round(value * (reach or 0))) if text.endswith("x") else value
 
 
 def measure_cell(

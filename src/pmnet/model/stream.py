@@ -1,5 +1,6 @@
 """Byte-by-byte continuation of a live state."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -7,7 +8,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from pmnet.model.cache import PMNetCache
 from pmnet.model.modeling import PMNetForCausalLM
-from pmnet.model.tokenizer import BOS
+from pmnet.model.tokenizer import first_id
 
 
 @torch.no_grad()
@@ -23,26 +24,29 @@ def stream_bytes(
 
     Args:
         model: in eval mode.
-        prompt: bytes to read first. An empty cache starts with BOS.
+        prompt: bytes to read first. An empty cache starts with the model's BOS.
         cache: state of one sequence; it has read everything yielded when the iterator ends.
-        count: bytes to draw; special tokens are never drawn.
+        count: bytes to draw; special tokens are never drawn, even where they share their ids with bytes.
         temperature: 0 is greedy.
         top_p: nucleus of the draw.
 
     Raises:
         ValueError: if there is neither a prompt nor a state to continue.
     """
-    ids = ([BOS] if cache.columns == 0 else []) + list(prompt)
+    config = model.config
+    special = [i for i in (config.pad_token_id, config.bos_token_id, config.eos_token_id) if i is not None and i < 256]
+    ids = ([first_id(config)] if cache.columns == 0 else []) + list(prompt)
     if not ids:
         raise ValueError("continuing a saved state needs a prompt of at least one byte")
     warpers = LogitsProcessorList()
     if temperature not in (0.0, 1.0):
         warpers.append(TemperatureLogitsWarper(temperature))
-    if 0.0 < top_p < 1.0:
+    if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
     step = torch.tensor([ids], device=model.device)
     for _ in range(count):
         scores = model(step, past_key_values=cache, logits_to_keep=1).logits[:, -1, :256].float()
+        scores[:, special] = -math.inf
         if temperature == 0.0:
             step = scores.argmax(-1, keepdim=True)
         else:

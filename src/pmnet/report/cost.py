@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from pmnet.baselines import Carry, carries
+from pmnet.baselines import Carry, carries, matrix_scan
 from pmnet.config import PMNetConfig
 from pmnet.report.flops import TRAINING_FACTOR, flops
 from pmnet.train.recipes import Recipe
@@ -34,7 +34,7 @@ def measured_rate(recipe: Recipe) -> float:
     ids, best = torch.zeros(rows, length, dtype=torch.int64, device=device), float("inf")
     for _ in range(2):
         started = time.perf_counter()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+        with matrix_scan(model), torch.autocast(device, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
             logits = carry.read(ids) if carry is not None else model(ids, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1).float(), ids.flatten())
         loss.backward()

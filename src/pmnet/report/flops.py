@@ -159,15 +159,15 @@ def parameters(config: PMNetConfig) -> int:
     return _total(parts(config), lambda part: part.parameters)
 
 
-def state_bytes(config: PMNetConfig, float_bytes: int = FLOAT_BYTES) -> dict[str, int]:
+def state_bytes(config: PMNetConfig) -> dict[str, int]:
     """What one sequence keeps: int32 phases `4 N M` per group, keys and values `2 (W - 1) K E` per layer."""
     past = 2 * (config.sliding_window - 1) * config.num_key_value_heads * config.head_dim
     phases = config.num_groups * config.num_memory * config.memory_size
-    window = config.num_hidden_layers * past * float_bytes
+    window = config.num_hidden_layers * past * FLOAT_BYTES
     return {"phases": 4 * phases, "keys and values": window, "total": 4 * phases + window}
 
 
-def decode_bytes(config: PMNetConfig, batch: int = 1, float_bytes: int = FLOAT_BYTES) -> dict[str, int]:
+def decode_bytes(config: PMNetConfig, batch: int = 1) -> dict[str, int]:
     """What one step of decoding must read, for `batch` sequences together.
 
     All weights once, except anchors (and a separate embedding, of which a step reads one row); of the anchors and of
@@ -179,10 +179,10 @@ def decode_bytes(config: PMNetConfig, batch: int = 1, float_bytes: int = FLOAT_B
         fixed -= config.vocab_size * config.hidden_size
     visited = sum(min(batch, config.groups_of(level)) for level in range(config.num_levels))
     counts = {
-        "weights": fixed * float_bytes,
-        "visited anchors": visited * group * float_bytes,
+        "weights": fixed * FLOAT_BYTES,
+        "visited anchors": visited * group * FLOAT_BYTES,
         "visited phases": batch * config.num_levels * group * 4,
-        "keys and values": batch * state_bytes(config, float_bytes)["keys and values"],
+        "keys and values": batch * state_bytes(config)["keys and values"],
     }
     return counts | {"total": sum(counts.values())}
 

@@ -35,7 +35,7 @@ def save_checkpoint(
         step: optimizer steps done.
         model, optimizers: what to save.
         schedules: JSON-able state of the learning-rate schedule of each optimizer.
-        facts: JSON-able rest (task state, recipe).
+        facts: JSON-able rest (task state, plan).
         state: of the model, where it is carried from batch to batch.
         keep: checkpoints to keep.
 
@@ -71,18 +71,20 @@ def save_checkpoint(
     return target
 
 
-def starting_point(run: Path, resume: bool) -> Path | None:
-    """The checkpoint that a run starts from; None for a fresh one.
+def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None:
+    """The checkpoint that a run by this plan (`Recipe.plan`) starts from; None for a fresh one.
 
     Raises:
         FileExistsError: if `run` holds checkpoints and `resume` is False.
-        ValueError: if `resume` is True and there are none.
+        ValueError: if `resume` is True and there are none, or if the newest is damaged or of another recipe.
     """
     found = latest_checkpoint(run)
     if found is not None and not resume:
         raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
+    if found is not None and any(_facts(found).get(part) != value for part, value in plan.items()):
+        raise ValueError(f"{found} was trained with another recipe; resume with the same options")
     return found
 
 
@@ -90,6 +92,16 @@ def latest_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run folder, or None."""
     found = _complete(run)
     return found[-1][1] if found else None
+
+
+def _facts(checkpoint: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads((checkpoint / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {checkpoint} is damaged: {error}") from error
+    if not isinstance(facts, dict):
+        raise ValueError(f"checkpoint {checkpoint} is damaged: trainer.json holds no object")
+    return facts
 
 
 def load_checkpoint(
@@ -103,18 +115,17 @@ def load_checkpoint(
     Raises:
         ValueError: if a file is missing, damaged or another model's; nothing has been changed then.
     """
+    facts = _facts(folder)
     try:
-        facts = json.loads((folder / "trainer.json").read_text())
         tensors = load_file(folder / "optimizer.safetensors")
         weights = load_file(folder / "model.safetensors")
-        schedules = facts.pop("schedules")
-    except (OSError, SafetensorError, json.JSONDecodeError, KeyError) as error:
+        schedules, random = facts.pop("schedules"), tensors.pop("random")
+    except (OSError, SafetensorError, KeyError) as error:
         raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
     own = model.state_dict()
     for name, tensor in weights.items():
         if name not in own or own[name].shape != tensor.shape:
             raise ValueError(f"checkpoint {folder} is another model's: {name} {list(tensor.shape)} does not fit")
-    random = tensors.pop("random")
     moments: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
     try:
         for name, tensor in tensors.items():

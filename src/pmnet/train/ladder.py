@@ -41,6 +41,7 @@ class Ladder:
         limit: batches after which all stages are left even so, each after its equal part of them: a model that cannot
             learn one still meets the others, one that is quick with the first has more time for the last.
         advance: share of right labels, smoothed over about ten batches, at which the next stage begins.
+        processes: that read batches in turns, of which all review or none; they must observe the same numbers.
     """
 
     def __init__(
@@ -51,17 +52,18 @@ class Ladder:
         seed: int,
         limit: int,
         advance: float = 0.95,
+        processes: int = 1,
     ):
         self.stages, self.mixture = list(stages), list(mixture)
         self.batch_size, self.seed, self.limit, self.advance = batch_size, seed, limit, advance
+        self.processes = processes
         self.stage, self.smoothed, self.done, self.current = 0, 0.0, 0, True
 
     def batch(self, index: int) -> Batch:
         """Batch `index` at the present stage."""
-        # a generator keeps 32 bits of what seeds it: an odd multiple keeps the streams of different seeds apart
-        generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + index) % 2**32)
-        review = torch.rand((), generator=generator).item() < 0.3
-        earlier = int(torch.randint(0, self.stage + 1, (), generator=generator))
+        review, earlier, generator = self._choice(index)
+        if index % self.processes:
+            review, earlier, _ = self._choice(index - index % self.processes)
         self.current = not (review and earlier < self.stage)
         if not self.current:
             return training_batch(self.stages[earlier].draw(self.batch_size, generator))
@@ -70,6 +72,13 @@ class Ladder:
         weights = torch.tensor([part.weight for part in self.mixture])
         part = self.mixture[int(torch.multinomial(weights, 1, generator=generator))]
         return training_batch(part.problem.draw(max(1, round(part.rows * self.batch_size)), generator))
+
+    def _choice(self, index: int) -> tuple[bool, int, torch.Generator]:
+        """Whether to review, an earlier stage, and the generator of the rest of batch `index`."""
+        # a generator keeps 32 bits of what seeds it: an odd multiple keeps the streams of different seeds apart
+        generator = torch.Generator().manual_seed((self.seed * 2_654_435_761 + index) % 2**32)
+        review = torch.rand((), generator=generator).item() < 0.3
+        return review, int(torch.randint(0, self.stage + 1, (), generator=generator)), generator
 
     def observe(self, correct: float) -> None:
         """Climb when the present stage is mostly right, or its time is up."""

@@ -7,7 +7,7 @@ from pmnet.train.ladder import Ladder, Part
 from pmnet.train.recipes import Recipe
 
 
-def copy_paste(recipe: Recipe) -> Ladder:
+def copy_paste(recipe: Recipe, processes: int = 1) -> Ladder:
     """Strings of up to `recipe.size` bytes behind all kinds of filler.
 
     Gaps are always beyond `recipe.gap`: a target that attention can see is relayed through attention, and the memory
@@ -32,44 +32,44 @@ def copy_paste(recipe: Recipe) -> Ladder:
             Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * 5 / 8),
         )
     ]
-    return _ladder(recipe, [*alphabets, *letters, *lengths], mixture)
+    return _ladder(recipe, processes, [*alphabets, *letters, *lengths], mixture)
 
 
-def selective_copy(recipe: Recipe) -> Ladder:
+def selective_copy(recipe: Recipe, processes: int = 1) -> Ladder:
     """Up to `recipe.size` letters strewn over sixteen times as many columns; MAD's vocabulary of 16."""
     sizes = range(1, recipe.size + 1)
     stages: list[Problem] = [SelectiveCopy(k, 16 * k) for k in sizes]
-    return _ladder(recipe, stages, [Part(SelectiveCopy(recipe.size, 16 * recipe.size))])
+    return _ladder(recipe, processes, stages, [Part(SelectiveCopy(recipe.size, 16 * recipe.size))])
 
 
-def recall(recipe: Recipe) -> Ladder:
+def recall(recipe: Recipe, processes: int = 1) -> Ladder:
     """Up to `recipe.size` pairs in four to sixteen times as many symbols: Zoology's training mixture, begun smaller."""
     sizes = [2**n for n in range(recipe.size.bit_length()) if 2**n <= recipe.size]
     stages: list[Problem] = [Recall(min(256, 16 * pairs), pairs) for pairs in sizes]
-    return _ladder(recipe, stages, [Part(problem) for problem in stages[2:]])
+    return _ladder(recipe, processes, stages, [Part(problem) for problem in stages[2:]])
 
 
-def lookup(recipe: Recipe) -> Ladder:
+def lookup(recipe: Recipe, processes: int = 1) -> Ladder:
     """Strings of up to `recipe.size` bytes, suffix and prefix keys of three letters in turns."""
     sizes = [4, *range(6, recipe.size + 1, 4)]
     keys = ("prefix", "suffix")
     stages: list[Problem] = [Lookup((4, size), key=key) for size in sizes for key in keys]
-    return _ladder(recipe, stages, [Part(Lookup((4, recipe.size), key=key)) for key in keys])
+    return _ladder(recipe, processes, stages, [Part(Lookup((4, recipe.size), key=key)) for key in keys])
 
 
-def needle(recipe: Recipe) -> Ladder:
+def needle(recipe: Recipe, processes: int = 1) -> Ladder:
     """A number at any depth of real text of up to `recipe.size` bytes."""
     sizes = [length for length in (96, 128, 192, 256, 384, 512, 768, 1024) if length <= recipe.size]
     stages: list[Problem] = [Needle(length) for length in sizes]
-    return _ladder(recipe, stages, [Part(Needle(sizes[-1]))])
+    return _ladder(recipe, processes, stages, [Part(Needle(sizes[-1]))])
 
 
-def _ladder(recipe: Recipe, stages: list[Problem], mixture: list[Part]) -> Ladder:
+def _ladder(recipe: Recipe, processes: int, stages: list[Problem], mixture: list[Part]) -> Ladder:
     """All stages are left by the middle of training at the latest."""
-    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2)
+    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)
 
 
-LADDERS: dict[str, Callable[[Recipe], Ladder]] = {
+LADDERS: dict[str, Callable[..., Ladder]] = {
     "copy-paste": copy_paste,
     "selective-copy": selective_copy,
     "recall": recall,

@@ -1,4 +1,4 @@
-"""The training loop: AdamW under `accelerate`, stopped by a signal, resumed to the bit."""
+"""The training loop: AdamW and Muon under `accelerate`, stopped by a signal, resumed to the bit."""
 
 import math
 import signal
@@ -51,16 +51,16 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
         ValueError: if there is nothing to resume, or the checkpoint is damaged or of another recipe.
         FileExistsError: if `run` holds checkpoints and `resume` is False.
     """
-    found = starting_point(run, resume)
+    plan = recipe.plan()  # now: saving a model adds to its configuration
+    found = starting_point(run, resume, plan)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
-    torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
     model = AutoModelForCausalLM.from_config(recipe.model).train()
     if recipe.silent_reads:
         silence_reads(model)
     optimizers = build_optimizers(model, recipe)
     schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]
-    done, seen = (0, 0) if found is None else _restore(found, recipe, task, model, optimizers, schedules)
+    done, seen = (0, 0) if found is None else _restore(found, task, model, optimizers, schedules)
     carried = recipe.carry and carries(recipe.model)
     carry = Carry(model.to(accelerator.device), recipe.batch_size) if carried else None
     if carry is not None and found is not None:
@@ -73,10 +73,10 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
         accelerator.wait_for_everyone()
         state = {} if carry is None else {name: accelerator.gather(part) for name, part in carry.state().items()}
         if accelerator.is_main_process:
-            facts = {"recipe": _plain(recipe.facts()), "task": task.state(), "bytes": seen}
+            facts = plan | {"task": task.state(), "bytes": seen}
             states = [schedule.state_dict() for schedule in schedules]
-            plain = [{name: value for name, value in state.items() if name != "lr_lambdas"} for state in states]
-            save_checkpoint(run, step, model, optimizers, plain, facts, state)
+            without = [{name: value for name, value in state.items() if name != "lr_lambdas"} for state in states]
+            save_checkpoint(run, step, model, optimizers, without, facts, state)
 
     def anywhere(flag: bool) -> bool:
         """Whether any process raised the flag; all processes must stop after the same step."""
@@ -87,6 +87,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
     run.mkdir(parents=True, exist_ok=True)
     reporter, saved = Reporter(run, recipe.steps, done, accelerator.is_main_process), time.monotonic()
     try:
+        torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
         with _signals() as received, matrix_scan(model):
             for step in range(done + 1, recipe.steps + 1):
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
@@ -135,7 +136,6 @@ def silence_reads(model: PreTrainedModel) -> None:
 
 def _restore(
     found: Path,
-    recipe: Recipe,
     task: Task,
     model: PreTrainedModel,
     optimizers: list[torch.optim.Optimizer],
@@ -143,8 +143,6 @@ def _restore(
 ) -> tuple[int, int]:
     """Put everything back as it was in the checkpoint `found`; the numbers of steps done and of bytes seen."""
     states, facts = load_checkpoint(found, model, optimizers)
-    if facts["recipe"] != _plain(recipe.facts()):
-        raise ValueError(f"{found} was trained with another recipe; resume with the same options")
     for optimizer, schedule, state in zip(optimizers, schedules, states, strict=True):
         schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
@@ -161,12 +159,16 @@ def _gradients(
     carry: Carry | None,
     clip: float,
 ) -> dict[str, float]:
-    """Forward and backward; gradients are left clipped on the model. Loss, share of right predictions, norm."""
+    """Forward and backward; gradients are left clipped on the model.
+
+    Returns loss, share of right predictions (both as means over all processes) and norm.
+    """
     with accelerator.autocast():
         loss, correct = objective(model, batch, carry)
     accelerator.backward(loss)
     norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-    return {"loss": loss.item(), "correct": correct.item(), "norm": float(norm)}
+    loss, correct = accelerator.reduce(torch.stack([loss.detach(), correct]), "mean").tolist()
+    return {"loss": loss, "correct": correct, "norm": float(norm)}
 
 
 def loss_of(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
@@ -234,8 +236,3 @@ def _signals() -> Iterator[list[str]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts as they look after a round trip through JSON."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}

@@ -72,19 +72,18 @@ void phase_write(const float* weights, const float* raw, const int64_t* groups, 
 // counts [B, T]: positions of the segment each position belongs to, or null for no scaling. grad_weights is
 // [parts, B, T, N], one slab for each block of 32 phases.
 void phase_write_backward(const float* weights, const float* raw, const int64_t* groups, const int64_t* documents, const bool* valid,
-                          const int64_t* counts, const float* upstream, float* grad_weights, float* grad_raw, int64_t batch, int64_t length, int64_t group_count,
-                 int64_t slots, int64_t size, int64_t bits, int64_t cumulative) {
-    const Scan s{batch, length, group_count, slots, size, bits, cumulative};
-    int64_t part = PART, parts = (s.size + part - 1) / part, rows = s.groups * s.slots;
+                          const int64_t* counts, const float* upstream, float* grad_weights, float* grad_raw, int64_t batch,
+                          int64_t length, int64_t group_count, int64_t slots, int64_t size, int64_t cumulative) {
+    int64_t part = PART, parts = (size + part - 1) / part, rows = group_count * slots;
 #pragma omp parallel
     {
         std::vector<double> sums(rows * part);
 #pragma omp for collapse(2)
-        for (int64_t b = 0; b < s.batch; b++)
+        for (int64_t b = 0; b < batch; b++)
             for (int64_t block = 0; block < parts; block++) {
-                int64_t from = block * part, count = s.size - from < part ? s.size - from : part, document = -1;
+                int64_t from = block * part, count = size - from < part ? size - from : part, document = -1;
                 std::fill(sums.begin(), sums.end(), 0.0);
-                for (int64_t t = (b + 1) * s.length - 1; t >= b * s.length; t--) {
+                for (int64_t t = (b + 1) * length - 1; t >= b * length; t--) {
                     bool real = !valid || valid[t];
                     if (real && documents && documents[t] != document) {
                         document = documents[t];
@@ -93,24 +92,24 @@ void phase_write_backward(const float* weights, const float* raw, const int64_t*
                     double factor = counts ? 1.0 / __builtin_sqrt((double)counts[t]) : 1.0;
                     float theta[PART] = {}, slope[PART], total[PART] = {};
                     for (int64_t m = 0; m < count; m += LANES) {
-                        v16 y = tanh(load(raw + t * s.size + from + m, count - m));
+                        v16 y = tanh(load(raw + t * size + from + m, count - m));
                         store(theta + m, y * splat(PI), count - m);
                         store(slope + m, (splat(1.f) - y * y) * splat(PI));
                     }
-                    for (int64_t n = 0; n < s.slots; n++) {
-                        const float* up = upstream + (t * s.slots + n) * s.size + from;
-                        double* sum_of = sums.data() + (groups[t] * s.slots + n) * part;
-                        float p = weights[t * s.slots + n], dot[LANES] = {};
+                    for (int64_t n = 0; n < slots; n++) {
+                        const float* up = upstream + (t * slots + n) * size + from;
+                        double* sum_of = sums.data() + (groups[t] * slots + n) * part;
+                        float p = weights[t * slots + n], dot[LANES] = {};
                         for (int64_t m = 0; m < count; m++) {
                             double g = up[m];
-                            if (s.cumulative && real) g = sum_of[m] += g;
+                            if (cumulative && real) g = sum_of[m] += g;
                             float d = (float)(g * factor);
                             total[m] = __builtin_fmaf(d, p, total[m]);
                             dot[m % LANES] = __builtin_fmaf(d, theta[m], dot[m % LANES]);
                         }
-                        grad_weights[(block * s.batch * s.length + t) * s.slots + n] = sum(load(dot));
+                        grad_weights[(block * batch * length + t) * slots + n] = sum(load(dot));
                     }
-                    for (int64_t m = 0; m < count; m++) grad_raw[t * s.size + from + m] = total[m] * slope[m];
+                    for (int64_t m = 0; m < count; m++) grad_raw[t * size + from + m] = total[m] * slope[m];
                 }
             }
     }

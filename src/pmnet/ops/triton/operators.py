@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pmnet.ops.native import dense_like
 from pmnet.ops.scan import plan_segments
 from pmnet.ops.turns import to_radians
 
@@ -80,11 +81,7 @@ def _write_backward(
 ) -> tuple[Tensor, Tensor]:
     from pmnet.ops.triton.scan import write_gradient
 
-    return write_gradient(upstream, weights, theta, order, start, end, True, scale_gradient)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return write_gradient(upstream, weights, theta, order, start, end, scale_gradient)
 
 
 @_read.register_fake
@@ -98,11 +95,11 @@ def _(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> 
 @_write.register_fake
 def _(weights: Tensor, theta: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, slots = weights.shape
-    return weights.new_empty(batch, length, slots * theta.shape[-1]), _dense(rest[4])
+    return weights.new_empty(batch, length, slots * theta.shape[-1]), dense_like(rest[4])
 
 
-_read_backward.register_fake(lambda upstream, *inputs: tuple(_dense(x) for x in inputs[:4]))
-_write_backward.register_fake(lambda upstream, weights, theta, *_: (_dense(weights), _dense(theta)))
+_read_backward.register_fake(lambda upstream, *inputs: tuple(dense_like(x) for x in inputs[:4]))
+_write_backward.register_fake(lambda upstream, weights, theta, *_: (dense_like(weights), dense_like(theta)))
 
 
 def _save_read(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:

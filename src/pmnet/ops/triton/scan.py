@@ -69,7 +69,7 @@ def write_states(
     last = None
     if documents is not None:
         documents = _dense("documents", documents, torch.int64, batch, length)
-        last = documents.amax(1)
+        last = (documents if valid is None else documents.masked_fill(~valid, 0)).amax(1)
         final_state.masked_fill_((last != 0).view(-1, 1, 1), 0)
     if valid is not None:
         valid = _dense("valid", valid, torch.bool, batch, length)
@@ -90,20 +90,17 @@ def write_gradient(
     order: Tensor,
     start: Tensor,
     end: Tensor,
-    cumulative: bool,
     scale_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `write_states` with respect to `weights` and `rotation`, rounding passed straight through.
 
     The gradient of `delta` at a position is the sum of `upstream` over the positions of its segment at or after
-    it (of itself alone if not `cumulative`), divided by the square root of the segment's length if
-    `scale_gradient`. Padding is a segment of its own.
+    it, divided by the square root of the segment's length if `scale_gradient`. Padding is a segment of its own.
 
     Args:
         upstream: gradient of the states per radian, float32 `[B, T, C]`.
         weights, rotation, order, start: as in `write_states`.
         end: sorted place -> one past the last place of its segment, int64 `[B, T]`.
-        cumulative: False for the no-recurrence ablation, whose states are the rotations themselves.
         scale_gradient: as in `phase_write`.
 
     Returns:
@@ -126,7 +123,7 @@ def write_gradient(
     with torch.cuda.device_of(weights):
         _write_gradient_kernel[grid](
             upstream, weights, rotation, order, start, end, partial, grad_rotation, batch, length,
-            N=slots, M=size, CUMULATIVE=cumulative, SCALE_GRADIENT=scale_gradient, **blocks,
+            N=slots, M=size, SCALE_GRADIENT=scale_gradient, **blocks,
         )  # fmt: skip
     return partial.sum(0), grad_rotation
 
@@ -227,7 +224,7 @@ def _write_states_kernel(
 @triton.jit
 def _write_gradient_kernel(
     upstream, weights, rotation, order, start, end, partial, grad_rotation, B, T,
-    N: tl.constexpr, M: tl.constexpr, CUMULATIVE: tl.constexpr, SCALE_GRADIENT: tl.constexpr,
+    N: tl.constexpr, M: tl.constexpr, SCALE_GRADIENT: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """The same walk from the last place to the first, restarting where a segment ends."""
@@ -248,8 +245,7 @@ def _write_gradient_kernel(
         exists = here_n[:, :, None] & here_m[:, None, :]
         gradient = tl.load(upstream + position[:, None, None] * (N * M) + channel, mask=exists, other=0.0)
         gradient = gradient.to(tl.float64)
-        if CUMULATIVE:
-            gradient, carried = _scan_tile(gradient, finish == place + 1, carried)
+        gradient, carried = _scan_tile(gradient, finish == place + 1, carried)
         if SCALE_GRADIENT:
             gradient *= (1.0 / tl.sqrt((finish - begin).to(tl.float64)))[:, None, None]
         gradient = gradient.to(tl.float32)
