@@ -35,9 +35,7 @@ def text(root: Path) -> str:
         *_comparison("Another seed: other initial weights, another order of the books", _stored(root, SEEDS)),
         *_comparison("Three times the bytes", _stored(root, LONGER)),
         *_comparison("Read in pieces of 4,096 bytes, each from an empty state", _stored(root, PIECES[:2])),
-        *_comparison(
-            "Such pieces, three times the bytes: the first is `models/books-tiny`", _stored(root, PIECES[2:])
-        ),
+        *_comparison("Such pieces, three times the bytes: the first is `models/books-tiny`", _stored(root, PIECES[2:])),
         *_comparison(
             "Ablations: trained separately, at the learning rate of `pmnet`", _stored(root, (MODELS[0], *ABLATIONS))
         ),

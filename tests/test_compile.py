@@ -1,5 +1,7 @@
 """`torch.compile` and `torch.export`: one graph, no recompilation, the same numbers; and all backends agree."""
 
+import itertools
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -74,16 +76,17 @@ def test_decode_step(shape, backend):
 @pytest.mark.parametrize("shape", ["period", "odd"])
 def test_exported_decode_step(shape, backend):
     model, ids = small_model(shape), random_ids(2, 26)
-    cache, fresh = (pmnet.PMNetCache(model.config, 2) for _ in range(2))
     with torch.no_grad():
-        program = torch.export.export(DecodeStep(model), (ids[:, :1], fresh.tensors())).module()
-        for prefix in (0, 20):  # an empty state is a state like any other
+        fresh = pmnet.PMNetCache(model.config, 2).tensors()
+        program = torch.export.export(DecodeStep(model), (ids[:, :1], fresh)).module()
+        for run, prefix in itertools.product((program, DecodeStep(model)), (0, 20)):
+            cache = pmnet.PMNetCache(model.config, 2)  # an empty state is a state like any other
             if prefix:
                 model(ids[:, 1:prefix], past_key_values=cache)
             state = cache.clone().tensors()
             for t in range(prefix, prefix + 6):
                 before = [tensor.clone() for tensor in state]
-                logits, after = program(ids[:, t : t + 1], state)
+                logits, after = run(ids[:, t : t + 1], state)
                 assert all(torch.equal(a, b) for a, b in zip(state, before, strict=True))
                 expected = model(ids[:, t : t + 1], past_key_values=cache).logits
                 if backend == "native":

@@ -12,6 +12,7 @@ from tests.conftest import SHAPES, assert_same_state, random_ids, read, small_mo
 
 MODELS = {(shape, attention): small_model(shape, attn_implementation=attention)
           for shape in SHAPES for attention in ("eager", "sdpa")}  # fmt: skip
+SMALL = [(1, 1), (9, 1), (1, 9), (2, 2), (16, 48), (37, 22)]  # depth and width of linear maps
 LOGIT_BUDGET = 2e-5  # relative norm, between the three forms in plain torch; the same bits in native code
 
 
@@ -33,7 +34,10 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-@pytest.mark.parametrize(("depth", "width"), [(16, 48), (37, 22), (256, 64), (700, 320), (1100, 512), (2048, 512)])
+@pytest.mark.parametrize(
+    ("depth", "width"),
+    [(16, 48), (37, 22), (1, 1), (9, 1), (1, 9), (2, 2), (256, 64), (700, 320), (1100, 512), (2048, 512)],
+)
 def test_a_linear_row_does_not_depend_on_the_number_of_rows(depth, width, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

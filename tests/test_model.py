@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import pmnet
@@ -82,6 +84,60 @@ def test_labels_and_logits_to_keep():
     assert torch.equal(last, whole.logits[:, -3:])
     expected = torch.nn.functional.cross_entropy(whole.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert torch.allclose(whole.loss, expected)
+
+
+def test_padding_does_not_change_the_loss():
+    """On the left too, where the first byte of a text would be predicted from padding."""
+    model, ids = small_model("deep"), random_ids(2, 20)
+    whole = model(ids, labels=ids).loss
+    for left, right in ((5, 0), (0, 5), (3, 2)):
+        mask = F.pad(torch.ones(2, 20, dtype=torch.int64), (left, right))
+        padded, labels = (F.pad(ids, (left, right), value=value) for value in (256, -100))
+        assert torch.allclose(model(padded, attention_mask=mask, labels=labels).loss, whole, atol=1e-6)
+
+
+def test_the_last_hidden_state_is_the_one_that_is_returned():
+    out = small_model("deep").model(random_ids(2, 7), output_hidden_states=True)
+    assert torch.equal(out.hidden_states[-1], out.last_hidden_state)
+
+
+def test_what_would_be_silently_wrong_is_refused(tmp_path):
+    model, ids = small_model("deep"), random_ids(1, 5)
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(NotImplementedError, match="forward-mode"), torch.autograd.forward_ad.dual_level():
+        model(ids)
+    with pytest.raises(ValueError, match="on meta"):
+        model(ids, past_key_values=pmnet.PMNetCache(model.config, 1, "meta"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="phase_bits"):
+        pmnet.PMNetForCausalLM.from_pretrained(tmp_path, phase_bits=64)
+    with pytest.raises(ValueError, match="cannot be saved"):
+        pmnet.quantize_int8(model).save_pretrained(tmp_path / "int8")
+    assert not (tmp_path / "int8").exists()
+
+
+def test_an_adapter_of_the_keys_and_values_is_called():
+    """Its maps are fused with the read, unless a module was put in their place."""
+    model, ids = small_model("deep"), random_ids(2, 20)
+    with torch.no_grad():
+        plain = model(ids).logits
+        reader = model.model.layers[1].memory_read_module
+        reader.proj_kv = nn.Sequential(reader.proj_kv)
+        assert torch.allclose(model(ids).logits, plain, atol=1e-5)
+        reader.proj_kv.append(Doubled())
+        adapted = model(ids).logits
+        assert (adapted - plain).norm() > 0.01 * plain.norm()
+        reader.proj_kv = reader.proj_kv[0]
+        reader.proj_kv.register_forward_hook(lambda module, inputs, output: 2 * output)
+        assert torch.allclose(model(ids).logits, adapted, atol=1e-5)
+
+
+class Doubled(nn.Module):
+    """Stands for what an adapter adds."""
+
+    def forward(self, x):
+        return 2 * x
 
 
 def test_gradient_checkpointing_changes_nothing():
@@ -196,6 +252,18 @@ def test_special_tokens(tmp_path):
     assert pmnet.ByteTokenizer.from_pretrained(tmp_path).eos_token_id == 255
     with pytest.raises(ValueError, match="outside"):
         ours.decode([384])
+
+
+def test_added_tokens_have_ids_of_their_own(tmp_path):
+    tokenizer = pmnet.ByteTokenizer()
+    tokenizer.add_tokens(["<think>"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, pmnet.ByteTokenizer.from_pretrained(tmp_path)):
+        assert len(each) == 386
+        assert each.convert_tokens_to_ids(["<think>", "<|im_start|>", "<0x41>", "<pad>"]) == [384, 385, 65, 256]
+        assert each.convert_tokens_to_ids(["<0xZZ>", "<reserved_x>"]) == [None, None]
+        assert each.decode([65, 385, 384, 66]) == "A<|im_start|><think>B"
 
 
 ORDER = ["config", "ops", "memory", "model", "data", "baselines", "train", "eval", "report", "cli"]

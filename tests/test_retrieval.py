@@ -189,6 +189,9 @@ ids = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 with torch.no_grad():
     torch.save(model(ids).logits, sys.argv[2])
 batch = tokenizer(["a", "abc"], return_tensors="pt", padding=True)
+other = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True).eval()  # the operators of both stay
+other(ids, labels=ids).loss.backward()
+model(ids, labels=ids).loss.backward()
 print(tokenizer.batch_decode(model.generate(**batch, max_new_tokens=3, do_sample=False)))
 """
 
@@ -203,10 +206,11 @@ def test_a_model_folder_works_without_this_package(tmp_path, monkeypatch):
     assert run_cli(["export", str(folder)])[0] == 0
     text = "".join(path.read_text() for path in folder.glob("*.py"))
     assert not re.search(r"^\s*(from|import) pmnet\b", text, re.M)
-    copy = tmp_path / "elsewhere"
-    shutil.copytree(folder, copy)
+    copy, second = tmp_path / "elsewhere", tmp_path / "second"
+    for target in (copy, second):
+        shutil.copytree(folder, target)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    command = [sys.executable, "-c", ALONE, str(copy), str(tmp_path / "logits.pt")]
+    command = [sys.executable, "-c", ALONE, str(copy), str(tmp_path / "logits.pt"), str(second)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     ids = random_ids(2, 40)

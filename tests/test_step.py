@@ -157,6 +157,14 @@ def test_replaced_modules_are_used(name, steps):
     assert not torch.equal(adapted, both(plain, random_ids(2, 1), prefilled(plain, 2), prefilled(plain, 2)).logits)
 
 
+def test_parts_of_another_size_than_the_configuration_says(steps):
+    """The kernel takes all sizes from the configuration, and would read past the end."""
+    model = small_model("deep")
+    mlp = model.model.layers[1].mlp
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = Linear(32, 8), Linear(32, 8), Linear(8, 32)
+    assert_stands_aside(model, steps)
+
+
 def test_training_mode_and_gradients(steps):
     model = small_model("deep")
     cache = prefilled(model, 2)

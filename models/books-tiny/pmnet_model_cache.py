@@ -201,8 +201,13 @@ class PMNetCache(Cache):
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps({"columns": self.columns})})
-        os.replace(partial, target)
+        try:
+            save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps({"columns": self.columns})})
+            os.replace(partial, target)
+        except SafetensorError as error:
+            raise OSError(f"could not write {target}: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "PMNetCache":

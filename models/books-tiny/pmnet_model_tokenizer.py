@@ -3,13 +3,19 @@
 import os
 from collections.abc import Iterable
 
-from transformers import AddedToken, PreTrainedTokenizer
+from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
 
 VOCAB_SIZE = 384
 PAD, BOS, EOS, PASTE, COPY = 256, 257, 258, 259, 260
 MARKERS = {"<paste>": PASTE, "<copy>": COPY}  # of the tasks in `pmnet.data.tasks`
 PUBLISHED_IDS = {"pad_token": 0, "bos_token": 254, "eos_token": 255}
 _OWN_IDS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
+
+
+def first_id(config: PreTrainedConfig) -> int:
+    """What a document begins with: the model's own BOS, which published checkpoints have at 254."""
+    found: int | None = config.bos_token_id
+    return BOS if found is None else found
 
 
 class ByteTokenizer(PreTrainedTokenizer):

@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 FLAGS = [
@@ -43,7 +44,7 @@ _SIGNATURES = {
     "segment_counts": [_POINTER] * 4 + [_INT] * 3,
     "decode_step": [_POINTER] * 8,
     "phase_write": [_POINTER] * 7 + [_INT] * 7,
-    "phase_write_backward": [_POINTER] * 9 + [_INT] * 7,
+    "phase_write_backward": [_POINTER] * 9 + [_INT] * 6,
 }
 
 
@@ -87,6 +88,11 @@ def kernels() -> Any:
 def pointers(*tensors: Tensor | None) -> list[int | None]:
     """Addresses to pass to a kernel; the tensors must be contiguous and outlive the call."""
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def dense_like(x: Tensor, *_: Any) -> Tensor:
+    """An uninitialised contiguous tensor of the shape and dtype of the first argument."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def processor_flags() -> bytes:

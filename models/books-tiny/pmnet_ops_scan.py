@@ -66,7 +66,7 @@ def phase_scan(
     """
     _check(delta, segments, initial_state)
     plan = plan_segments(segments, initial_state.shape[1], documents, valid)
-    return _scan(delta, segments, initial_state, documents, plan)
+    return _scan(delta, segments, initial_state, documents, valid, plan)
 
 
 def scan_rotations(
@@ -84,7 +84,7 @@ def scan_rotations(
     _check(delta, segments, initial_state)
     plan = plan_segments(segments, initial_state.shape[1], documents, valid)
     if cumulative:
-        states, final_state = _scan(delta, segments, initial_state, documents, plan)
+        states, final_state = _scan(delta, segments, initial_state, documents, valid, plan)
     else:
         states, final_state = delta, initial_state.clone()
     angle = _angle_of_states(rotation, states, *plan[:4], cumulative, scale_gradient)
@@ -133,7 +133,12 @@ _angle_of_states.register_autograd(_gradient_of_rotation, setup_context=_save_pl
 
 
 def _scan(
-    delta: Tensor, segments: Tensor, initial_state: Tensor, documents: Tensor | None, plan: SegmentPlan
+    delta: Tensor,
+    segments: Tensor,
+    initial_state: Tensor,
+    documents: Tensor | None,
+    valid: Tensor | None,
+    plan: SegmentPlan,
 ) -> tuple[Tensor, Tensor]:
     groups = initial_state.shape[1]
     prefix = _exclusive_cumsum(take_rows(delta, plan.order))
@@ -142,6 +147,7 @@ def _scan(
     wanted = torch.arange(groups, device=delta.device).repeat(delta.shape[0], 1)
     if documents is not None:
         before = before.masked_fill((documents != 0).unsqueeze(-1), 0)
+        documents = documents if valid is None else documents.masked_fill(~valid, 0)
         last = documents.amax(1, keepdim=True) if documents.shape[1] else documents.new_zeros(delta.shape[0], 1)
         wanted = wanted + last.long() * groups
         initial_state = initial_state.masked_fill((last != 0).unsqueeze(-1), 0)

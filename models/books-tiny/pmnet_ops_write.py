@@ -119,7 +119,7 @@ def _phase_write_backward(
     parts, grad_raw = weights.new_empty(-(-size // _PART), *weights.shape), torch.empty_like(raw)
     kernels().phase_write_backward(
         *pointers(weights, raw, groups, documents, valid, counts, upstream, parts, grad_raw),
-        *groups.shape, group_count, slots, size, 32, cumulative,
+        *groups.shape, group_count, slots, size, cumulative,
     )  # fmt: skip
     return parts.sum(0), grad_raw
 

@@ -3,6 +3,7 @@
 Shapes: B, T, D hidden size, G groups of the level, N slots, M phases.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class Tokens(NamedTuple):
 class MemoryWrite(nn.Module):
     """Unitary phasor update of one level (arXiv 2605.13370): `S_n <- (S_n + p_n * theta) mod 2 pi`."""
 
+    features: Callable[[Tensor | None, Tensor, Tensor], Tensor] = staticmethod(geometry)
+
     def __init__(self, config: PMNetConfig):
         super().__init__()
         self.config = config
@@ -42,7 +45,7 @@ class MemoryWrite(nn.Module):
     def propose(self, hidden: Tensor, visit: Visit, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Which slot to turn, p `[B, T, N]`, and by how much: `theta = pi * tanh(raw)`, raw `[B, T, M]`."""
         normed = self.norm(hidden)
-        keys = self.proj_k(geometry(visit.field, anchors, visit.groups))
+        keys = self.proj_k(self.features(visit.field, anchors, visit.groups))
         weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)
         return weights, self.proj_out(self.proj_v(normed))
 
@@ -75,6 +78,6 @@ class MemoryWrite(nn.Module):
             scale_gradient=self.training,
         )
         field = angle if visit.field is None else visit.field + angle
-        here = Visit(visit.groups, field, geometry(field, anchors, visit.groups))
+        here = Visit(visit.groups, field, self.features(field, anchors, visit.groups))
         child = weights.shape[2] * visit.groups + weights.argmax(dim=2)  # hard top-1 route
         return here, Visit(child, field, None), memory

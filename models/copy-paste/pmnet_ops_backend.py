@@ -4,6 +4,7 @@
 """
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -34,8 +35,8 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     if name == "native" and library() is None:
         raise RuntimeError("the native backend needs a C++ compiler with OpenMP")
-    if name == "triton" and not _triton_installed():
-        raise RuntimeError("the triton backend needs the triton package")
+    if name == "triton" and not (_triton_installed() and (torch.cuda.is_available() or _interpreted())):
+        raise RuntimeError("the triton backend needs the triton package and a CUDA device, or its interpreter")
     before, _forced = _forced, name
     try:
         yield
@@ -55,12 +56,19 @@ def native(*tensors: Tensor) -> bool:
 
 def triton(x: Tensor) -> bool:
     """Whether operators on `x` run as Triton kernels."""
-    return _forced == "triton" or (_forced == "auto" and x.device.type == "cuda" and _triton_installed())
+    runs = x.device.type == "cuda" or _interpreted()
+    return runs and (_forced == "triton" or (_forced == "auto" and x.device.type == "cuda" and _triton_installed()))
 
 
 @torch.compiler.assume_constant_result
 def _native_available() -> bool:
     return library() is not None
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @torch.compiler.assume_constant_result

@@ -20,12 +20,27 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.flatten(0, 1).index_select(0, rows.flatten()).view(*index.shape, *x.shape[2:])
 
 
+def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
+    """Row g of the result is the sum of the rows whose index is g, by a product with the one-hot index.
+
+    Adding rows one by one (with atomics where it is parallel) is slow when many share few places, and different from
+    run to run.
+
+    Args:
+        rows: `[I, C]`.
+        index: int64 in `[0, count)`, any shape of I entries.
+        count: G.
+
+    Returns:
+        `[G, C]`.
+    """
+    chosen = torch.arange(count, device=index.device).unsqueeze(1) == index.flatten()
+    return chosen.to(rows.dtype) @ rows
+
+
 @torch.library.custom_op("pmnet_exported::lookup", mutates_args=())
 def lookup(table: Tensor, index: Tensor) -> Tensor:
-    """Rows `table[index]` of a small table, whose gradient is a matrix product.
-
-    The usual gradient of a lookup adds rows one by one (with atomics where it is parallel): slow when many positions
-    share few rows, and different from run to run. A product with the one-hot index is neither.
+    """Rows `table[index]` of a small table, whose gradient is a matrix product (`sum_rows`).
 
     Args:
         table: `[G, C]`.
@@ -49,9 +64,7 @@ def _save_index(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None
 
 def _gradient_of_table(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
     (index,) = ctx.saved_tensors
-    gradient = upstream.flatten(0, -2)
-    chosen = torch.arange(ctx.groups, device=index.device).unsqueeze(1) == index.flatten()
-    return chosen.to(gradient.dtype) @ gradient, None
+    return sum_rows(upstream.flatten(0, -2), index, ctx.groups), None
 
 
 lookup.register_autograd(_gradient_of_table, setup_context=_save_index)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .pmnet_ops_backend import native
 from .pmnet_ops_linear import MIN_ROWS, Linear, library_sums_in_order, row_stable_linear
-from .pmnet_ops_native import library
+from .pmnet_ops_native import kernels, pointers
 
 _LANES = 16
 
@@ -50,13 +50,9 @@ class Int8Linear(nn.Module):
         bias: Any = self.bias
         if rows.shape[0] >= MIN_ROWS or not native(rows) or not library_sums_in_order():
             return row_stable_linear(input, self.weight, bias)
-        rows, kernels = rows.contiguous(), library()
+        rows = rows.contiguous()
         out = rows.new_empty(rows.shape[0], self.out_features)
-        assert kernels is not None
-        kernels.linear_few_rows(
-            rows.data_ptr(), self.panels.data_ptr(), self.scale.data_ptr(), None if bias is None else bias.data_ptr(),
-            out.data_ptr(), *rows.shape, self.out_features,
-        )  # fmt: skip
+        kernels().linear_few_rows(*pointers(rows, self.panels, self.scale, bias, out), *rows.shape, self.out_features)
         return out.view(*input.shape[:-1], self.out_features)
 
 

@@ -9,7 +9,7 @@ weights once, or, where the library turns out to sum in another order, padded to
 checks the machine at hand.
 """
 
-import functools
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .pmnet_ops_backend import native
-from .pmnet_ops_native import library
+from .pmnet_ops_native import kernels, pointers
 
 MIN_ROWS = 16
 MAX_DEPTH = 384
@@ -77,23 +77,19 @@ def depth_of(inputs: int) -> int:
 
 
 def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    kernels, rows, weight = library(), rows.contiguous(), weight.contiguous()
-    assert kernels is not None
+    rows, weight = rows.contiguous(), weight.contiguous()
     out = rows.new_empty(rows.shape[0], weight.shape[0])
-    kernels.linear_few_rows(
-        rows.data_ptr(), weight.data_ptr(), None, None if bias is None else bias.data_ptr(), out.data_ptr(),
-        *rows.shape, weight.shape[0],
-    )  # fmt: skip
+    kernels().linear_few_rows(*pointers(rows, weight, None, bias, out), *rows.shape, weight.shape[0])
     return out
 
 
-@functools.cache
+@cache
 def library_sums_in_order() -> bool:
     """Whether the matrix library's products of many rows have the bits of the native kernel's."""
-    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
     for depth, outputs, count in ((384, 64, 16), (200, 130, 48), (64, 256, 300), (13, 7, 33)):
-        rows, weight = (torch.randn(n, depth, generator=generator) for n in (count, outputs))
-        bias = torch.randn(outputs, generator=generator)
+        rows, weight = (draw(n, depth) for n in (count, outputs))
+        bias = draw(outputs)
         if not torch.equal(F.linear(rows, weight, bias)[-3:], _few_rows(rows[-3:], weight, bias)):
             return False
     return True

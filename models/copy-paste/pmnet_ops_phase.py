@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import pmnet_ops_backend as backend
-from .pmnet_ops_gather import lookup
+from .pmnet_ops_gather import lookup, sum_rows
 from .pmnet_ops_linear import products, row_stable_linear
-from .pmnet_ops_native import kernels, pointers
+from .pmnet_ops_native import dense_like, kernels, pointers
 
 MOST_SLOTS = 64  # of the native kernels
 _BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
@@ -91,10 +91,6 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
         mixed = mixed.view(*query.shape[:3], geometry.shape[3])
     of_heads = zip(value_weight.split(heads[1]), value_bias.split(heads[1]), strict=True)
     return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
-
-
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("pmnet_exported::address", mutates_args=())
@@ -198,7 +194,7 @@ def _value_rows(heads: int, size: int) -> list[slice]:
 
 
 _address.register_fake(lambda query, keys: keys.new_empty(keys.shape[:4]))
-_address_backward.register_fake(lambda query, keys, *_: (_dense(query), _dense(keys)))
+_address_backward.register_fake(lambda query, keys, *_: (dense_like(query), dense_like(keys)))
 _geometry.register_fake(
     lambda field, anchors, groups: anchors.new_empty(*groups.shape, anchors.shape[1], 2 * anchors.shape[2])
 )
@@ -209,7 +205,7 @@ _read_slots.register_fake(
         query.new_empty(*geometry.shape[:3], query.shape[2]),
     )
 )
-_read_slots_backward.register_fake(lambda *tensors: tuple(_dense(tensor) for tensor in tensors[:4]))
+_read_slots_backward.register_fake(lambda *tensors: tuple(dense_like(tensor) for tensor in tensors[:4]))
 
 
 def _save_read(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -228,8 +224,7 @@ def _save_geometry(ctx: Any, inputs: tuple[Tensor | None, Tensor, Tensor], outpu
 def _gradient_of_phases(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     groups, found = ctx.saved_tensors
     grad = _geometry_backward(found, upstream)
-    chosen = torch.arange(ctx.anchors[0], device=groups.device).unsqueeze(1) == groups.flatten()
-    anchors = (chosen.to(grad.dtype) @ grad.view(groups.numel(), -1)).view(ctx.anchors)
+    anchors = sum_rows(grad.view(groups.numel(), -1), groups, ctx.anchors[0]).view(ctx.anchors)
     return grad if ctx.has_field else None, anchors, None
 
 

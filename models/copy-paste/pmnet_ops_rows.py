@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .pmnet_ops_backend import native
-from .pmnet_ops_native import kernels
+from .pmnet_ops_native import dense_like, kernels, pointers
 
 _BLOCK = 64  # rows whose weight gradients are summed in turn, whatever the number of threads
 
@@ -76,7 +76,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
-    kernels().rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.numel() // width, width, eps)
+    kernels().rms_norm(*pointers(x, weight, out), x.numel() // width, width, eps)
     return out
 
 
@@ -85,17 +85,7 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) 
     x, upstream = x.contiguous(), upstream.contiguous()
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-rows // _BLOCK), width)
-    kernels().rms_norm_backward(
-        x.data_ptr(),
-        weight.data_ptr(),
-        upstream.data_ptr(),
-        grad.data_ptr(),
-        parts.data_ptr(),
-        rows,
-        width,
-        _BLOCK,
-        eps,
-    )
+    kernels().rms_norm_backward(*pointers(x, weight, upstream, grad, parts), rows, width, _BLOCK, eps)
     return grad, parts.sum(0)
 
 
@@ -104,10 +94,8 @@ def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
     positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
-    kernels().norm_rotate(
-        x.data_ptr(), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(),
-        positions, cos.numel() // width, heads, width, eps,
-    )  # fmt: skip
+    sizes = positions, cos.numel() // width, heads, width
+    kernels().norm_rotate(*pointers(x, weight, cos, sin, out), *sizes, eps)
     return out
 
 
@@ -118,10 +106,8 @@ def _norm_rotate_backward(
     x, cos, sin, upstream = x.contiguous(), cos.contiguous(), sin.contiguous(), upstream.contiguous()
     positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-positions // _BLOCK), width)
-    kernels().norm_rotate_backward(
-        x.data_ptr(), weight.data_ptr(), cos.data_ptr(), sin.data_ptr(), upstream.data_ptr(), grad.data_ptr(),
-        parts.data_ptr(), positions, cos.numel() // width, heads, width, _BLOCK, eps,
-    )  # fmt: skip
+    sizes = positions, cos.numel() // width, heads, width
+    kernels().norm_rotate_backward(*pointers(x, weight, cos, sin, upstream, grad, parts), *sizes, _BLOCK, eps)
     return grad, parts.sum(0)
 
 
@@ -131,9 +117,7 @@ def _rotary_table(positions: Tensor, width: int, theta: float, double: bool, nat
     if natively:
         positions = positions.contiguous()
         table = positions.new_empty(2, *positions.shape, width, dtype=torch.float32)
-        kernels().rotary_table(
-            positions.data_ptr(), table[0].data_ptr(), table[1].data_ptr(), positions.numel(), width, theta
-        )
+        kernels().rotary_table(*pointers(positions, *table), positions.numel(), width, theta)
         return table
     exponents = torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) / width
     angles = positions.double().unsqueeze(-1) * theta**-exponents
@@ -151,7 +135,7 @@ def _(positions: Tensor, width: int, theta: float, double: bool, natively: bool)
 def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
-    kernels().silu_product(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel())
+    kernels().silu_product(*pointers(gate, up, out), gate.numel())
     return out
 
 
@@ -159,20 +143,14 @@ def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
 def _silu_product_backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, upstream = gate.contiguous(), up.contiguous(), upstream.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)
-    kernels().silu_product_backward(
-        gate.data_ptr(), up.data_ptr(), upstream.data_ptr(), *(grad.data_ptr() for grad in grads), gate.numel()
-    )
+    kernels().silu_product_backward(*pointers(gate, up, upstream, *grads), gate.numel())
     return grads
 
 
-def _like_first(x: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 for _forward in (_rms_norm, _norm_rotate, _silu_product):
-    _forward.register_fake(_like_first)
+    _forward.register_fake(dense_like)
 for _backward in (_rms_norm_backward, _norm_rotate_backward, _silu_product_backward):
-    _backward.register_fake(lambda x, other, *_: (_like_first(x), _like_first(other)))
+    _backward.register_fake(lambda x, other, *_: (dense_like(x), dense_like(other)))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .pmnet_ops_native import library
+from .pmnet_ops_native import dense_like, kernels, pointers
 
 
 def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
@@ -35,9 +35,7 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
 def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
     query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
     out = torch.empty_like(query)
-    kernels: Any = library()
-    pointers = (tensor.data_ptr() for tensor in (query, keys, values, span, out))
-    kernels.window_attention(*pointers, *_sizes(query, keys, span), scaling)
+    kernels().window_attention(*pointers(query, keys, values, span, out), *_sizes(query, keys, span), scaling)
     return out
 
 
@@ -48,18 +46,16 @@ def _window_attention_backward(
     query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
     upstream = upstream.contiguous()
     grads = torch.empty_like(query), torch.zeros_like(keys), torch.zeros_like(values)
-    kernels: Any = library()
-    pointers = (tensor.data_ptr() for tensor in (query, keys, values, span, upstream, *grads))
-    kernels.window_attention_backward(*pointers, *_sizes(query, keys, span), scaling)
+    kernels().window_attention_backward(
+        *pointers(query, keys, values, span, upstream, *grads), *_sizes(query, keys, span), scaling
+    )
     return grads
 
 
-def _dense(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-_window_attention.register_fake(lambda query, *_: _dense(query))
-_window_attention_backward.register_fake(lambda query, keys, values, *_: (_dense(query), _dense(keys), _dense(values)))
+_window_attention.register_fake(dense_like)
+_window_attention_backward.register_fake(
+    lambda query, keys, values, *_: (dense_like(query), dense_like(keys), dense_like(values))
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -244,7 +244,7 @@ class PMNetCache(Cache):
 
     @classmethod
     def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int = 1) -> "PMNetCache":
-        """The state that `tensors()` of a model's cache describes; `columns` matters to `crop` and `generate` only."""
+        """The state that `tensors()` of a model's cache describes; `columns` must be 0 only if nothing was read."""
         cache = object.__new__(cls)
         Cache.__init__(cache, layers=[])
         levels, layers = config.num_levels, config.num_hidden_layers

@@ -89,7 +89,8 @@ def _code(module: str) -> str:
         assert line is not None
         flat = f"from . import {_flat(target)} as {whole}" if whole else line.replace(target, f".{_flat(target)}", 1)
         text = text.replace(line, flat)
-    return re.sub(r'"pmnet::', '"pmnet_exported::', text)
+    # the folder's own name space: several such models may live in one process
+    return re.sub(r'"pmnet::(\w+)"', r'__name__.replace(".", "_") + "::\1"', text)
 
 
 def _path(module: str) -> Path:
