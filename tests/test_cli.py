@@ -1,10 +1,13 @@
 """The command line: real input, and one clear sentence for bad input."""
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import pmnet
 from pmnet.baselines import LSTMConfig, LSTMForCausalLM
@@ -113,6 +116,9 @@ def test_bad_grids_are_named(model):
     for distance in ("far", "inf", "nanx", "-4"):
         fails([*start, "--distances", distance], f"not '{distance}'")
     fails(["eval", "memory", model, "--gap", "16"], "within the reach")
+    fails([*start, "--task", "recall", "--sizes", "300", "--variants", "1"], "255 pairs")
+    fails(["eval", "gradients", "saturation", "/nowhere"], "/nowhere")
+    fails(["eval", "gradients", "training", "--lengths", "0"], "above 0")
     fails([*start, "--variants", "snow"], "unknown filler 'snow'")
     fails([*start, "--text", "/nowhere"], "no file at /nowhere")
     fails([*start, "--sizes", "many"], "'many'")
@@ -145,6 +151,13 @@ def test_bad_data_is_named(model, tmp_path):
     fails([*pieces, "--no-carry"], "--piece", "--carry")
     fails([*pieces, "--length", "601"], "pieces of 600 bytes")
     fails(["train", "poetry"], "unknown task 'poetry'")
+    for task, size in (("needle", 50), ("recall", 3)):
+        fails(["train", task, "--size", size, "--out", tmp_path / "r"], f"at size {size}")
+    fails(["train", "copy-paste", "--carry", "--out", tmp_path / "r"], "--carry", "copy-paste")
+    fails(["train", "--size", "3", "--data", empty, "--out", tmp_path / "r"], "--size")
+    fails(["train", "--precision", "fp16", "--data", empty, "--out", tmp_path / "r"], "fp16")
+    narrow = ["train", "--data", model / "config.json", "--model", "sliding-window", "--window", "1"]
+    fails([*narrow, "--out", tmp_path / "r"], "at least 2")
     fails(["train", "--preset", "huge", "--data", empty], "unknown preset 'huge'")
     fails(["eval", "bits", model, "--data", tmp_path / "nowhere"], "nowhere")
     assert not (tmp_path / "r").exists()
@@ -176,7 +189,7 @@ def test_bad_models_are_named(model, text, tmp_path):
         ({"sliding_window": 0}, "sliding_window"),
         ({"num_memory": 1}, "num_memory"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"hidden_size": 40}, "not a complete PMNet model"),
+        ({"hidden_size": 40}, "weights and config differ at model."),
         ({"model_type": "llama"}, "model_type"),
     ):
         (model / "config.json").write_text(json.dumps(settings | change))
@@ -185,10 +198,55 @@ def test_bad_models_are_named(model, text, tmp_path):
     fails(["generate", model], "not a complete PMNet model")
 
 
+def test_weights_that_are_not_finite_or_not_all_there_are_named(model, text, tmp_path):
+    read = ["eval", "longcontext", "--data", text, "--length", "64"]
+    for folder in (model, tmp_path / "lstm"):
+        if folder != model:
+            LSTMForCausalLM(LSTMConfig(hidden_size=8)).save_pretrained(folder)
+        file = folder / "model.safetensors"
+        tensors = load_file(file)
+        name = next(name for name in tensors if "norm" in name or "bias" in name)
+        save_file(tensors | {name: tensors[name] * math.nan}, file, {"format": "pt"})
+        fails([*read, folder], "is damaged", name)
+        save_file(
+            {other: tensors[other] for other in tensors if other != name},
+            folder / "model.safetensors",
+            {"format": "pt"},
+        )
+        fails([*read, folder], "not a complete", name)
+        save_file(tensors | {name: tensors[name][:-1]}, file, {"format": "pt"})
+        fails([*read, folder], "not a complete", name)
+
+
+def test_an_unreadable_folder_is_named(text, tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    original = os.scandir
+
+    def refuse(path):
+        if Path(path).name == "inside":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    fails(["train", "--data", tmp_path, "--out", tmp_path / "r"], "Permission denied", "inside")
+
+
+def test_markup_in_a_path_is_no_markup(text, tmp_path):
+    run = tmp_path / "[bold]x[/c]"
+    common = ["train", "--data", text, "--out", run, "--steps", 1, "--batch-size", 2, "--length", 16]
+    code, printed = run_cli(list(map(str, common)))
+    assert code == 0
+    assert f"model saved to {run / 'model'}" in printed
+
+
 def test_a_foreign_state_is_named(model, tmp_path):
     other = tmp_path / "state.safetensors"
     pmnet.PMNetCache(small_model("wide").config).save(other)
     fails(["generate", model, "--state", other, "--prompt", "x"], "does not fit", "memory.0")
+    cache = pmnet.PMNetCache(small_model("deep").config)
+    cache.window[0].keys[:] = math.nan
+    cache.save(other)
+    fails(["generate", model, "--state", other, "--prompt", "x"], "damaged", "not finite")
     other.write_bytes(other.read_bytes()[:50])
     fails(["generate", model, "--state", other, "--prompt", "x"], "damaged")
     fails(["generate", model, "--state", tmp_path / "none", "--prompt", "x"], "no state file")

@@ -35,7 +35,7 @@ def books(tmp_path):
 def llama() -> torch.nn.Module:
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=384, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+                         num_attention_heads=2, num_key_value_heads=2, bos_token_id=BOS)  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pmnet.baselines import Carry, carries, control, mamba2, matrix_scan
 from pmnet.baselines.mamba2 import chunk_scan
-from pmnet.data.files import open_files
+from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.data.tasks import CopyPaste
 from pmnet.eval.retrieval import measure
@@ -100,6 +100,22 @@ def test_order_is_a_function_of_seed_and_epoch(books):
     assert windows.batch(windows.steps)["restart"].all()
     with pytest.raises(ValueError, match="too few for 999 rows"):
         ContiguousWindows(files, 32, 999, 0)
+
+
+def test_windows_cover_files_and_shift_labels(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"the quick brown fox jumps over the lazy dog. " * 40)
+    (tmp_path / "b.bin").write_bytes(bytes(range(256)))
+    windows = RandomWindows(open_files([tmp_path]), 16, 64, seed=1)
+    batch = windows.batch(5)
+    again = windows.batch(5)
+    assert all(torch.equal(batch[name], again[name]) for name in batch)
+    assert not torch.equal(batch["input_ids"], windows.batch(6)["input_ids"])
+    same = batch["labels"][:, :-1] != -100
+    assert torch.equal(batch["input_ids"][:, 1:][same], batch["labels"][:, :-1][same])
+    (tmp_path / "a.txt").unlink()
+    every = RandomWindows(open_files([tmp_path]), 32, 64, seed=1)
+    drawn = torch.cat([every.batch(index)["labels"] for index in range(40)])
+    assert set(drawn.flatten().tolist()) == set(range(256))  # the first and the last byte of the file too
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,16 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from pmnet.baselines import CONTROLS, control, load_any
-from pmnet.baselines.controls import parameters
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
-from pmnet.data.tasks import CopyPaste
-from pmnet.eval.retrieval import measure
 from pmnet.memory import MemoryRead
+from pmnet.model import PMNetForCausalLM
 from pmnet.train import loop
-from pmnet.train.checkpoint import latest_checkpoint
+from pmnet.train.checkpoint import exclusive, latest_checkpoint, starting_point
 from pmnet.train.ladders import LADDERS
 from pmnet.train.loop import TrainingStopped, loss_of, train
 from pmnet.train.recipes import RECIPES, Recipe
@@ -142,9 +140,58 @@ def test_another_recipe_does_not_resume(text, tmp_path):
     with pytest.raises(ValueError, match="another recipe"):
         train(other, task(text, other), tmp_path / "run", resume=True)
     other = replace(plan, model=small_config("deep", phase_bits=9))
-    with pytest.raises(ValueError, match="another recipe"):
+    with pytest.raises(ValueError, match="another model"):
         train(other, task(text, other), tmp_path / "run", resume=True)
     assert not torch.are_deterministic_algorithms_enabled()
+    again = replace(plan, checkpoint_seconds=1.0)  # how often it is saved is nothing to the run
+    train(again, task(text, again), tmp_path / "run", resume=True)
+    (text / "b.bin").unlink()
+    with pytest.raises(ValueError, match="another set of files"):
+        train(plan, task(text, plan), tmp_path / "run", resume=True)
+
+
+def test_another_number_of_processes_does_not_resume(text, tmp_path):
+    plan = recipe(steps=2)
+    train(plan, task(text, plan), tmp_path / "run")
+    with pytest.raises(ValueError, match="another number of processes"):
+        starting_point(tmp_path / "run", True, plan.plan() | {"number of processes": 2})
+
+
+def test_one_process_trains_in_a_folder(tmp_path):
+    run = tmp_path / "run"
+    for _ in range(2):
+        with exclusive(run), pytest.raises(ValueError, match="another process"), exclusive(run):
+            pass
+
+
+def test_a_disk_that_is_full_at_the_end_leaves_no_half_model(text, tmp_path, monkeypatch):
+    plan = recipe(steps=1)
+    train(plan, task(text, plan), tmp_path / "run")
+    before = weights(tmp_path / "run")
+
+    original = PMNetForCausalLM.save_pretrained
+
+    def full(model, folder):
+        original(model, folder)
+        if folder.name == "model.partial":
+            raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(PMNetForCausalLM, "save_pretrained", full)
+    with pytest.raises(OSError, match=r"could not write .*model: No space left"):
+        train(plan, task(text, plan), tmp_path / "run", resume=True)
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "run").items())
+    assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_a_checkpoint_without_a_field_is_named(text, tmp_path):
+    plan = recipe(steps=1)
+    train(plan, task(text, plan), tmp_path / "run")
+    facts = latest_checkpoint(tmp_path / "run") / "trainer.json"
+    stored = json.loads(facts.read_text())
+    del stored["bytes"]
+    facts.write_text(json.dumps(stored))
+    with pytest.raises(ValueError, match=r"step-1 is damaged: .*bytes"):
+        train(plan, task(text, plan), tmp_path / "run", resume=True)
 
 
 def test_a_failing_disk_loses_nothing(text, tmp_path, monkeypatch):
@@ -193,42 +240,6 @@ def test_bf16_autocast_and_pure_bf16_train(text):
     assert abs(half_loss - exact) < 0.1
     for parameter in [*model.parameters(), *half.parameters()]:
         assert parameter.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", list(CONTROLS))
-def test_controls_have_our_size_and_train(name, tmp_path):
-    plan = replace(RECIPES["copy-paste"]["demo"](), steps=2, batch_size=4)
-    size = parameters(plan.model)
-    plan = replace(plan, model=control(name, plan.model))
-    wanted = size * {"mamba2-3x": 3}.get(name, 1)
-    assert abs(parameters(plan.model) - wanted) < (0.1 if name == "flat" else 0.01) * wanted
-    trained = train(plan, LADDERS["copy-paste"](plan), tmp_path / name)
-    loaded = load_any(tmp_path / name / "model")
-    ids = torch.randint(0, 256, (2, 30))
-    with torch.no_grad():
-        assert torch.equal(loaded(ids, use_cache=False).logits, trained(ids, use_cache=False).logits)
-    assert measure(loaded, CopyPaste((2, 2), (30, 30)), 4, 0).strings == 4
-
-
-@pytest.mark.parametrize("name", list(CONTROLS))
-def test_controls_of_a_language_model_have_its_size(name):
-    like = RECIPES["lm"]["tiny"]().model
-    wanted = parameters(like) * {"mamba2-3x": 3}.get(name, 1)
-    assert abs(parameters(control(name, like)) - wanted) < (0.1 if name == "flat" else 0.01) * wanted
-
-
-def test_windows_cover_files_and_shift_labels(text):
-    windows = RandomWindows(open_files([text]), 16, 64, seed=1)
-    batch = windows.batch(5)
-    again = windows.batch(5)
-    assert all(torch.equal(batch[name], again[name]) for name in batch)
-    assert not torch.equal(batch["input_ids"], windows.batch(6)["input_ids"])
-    same = batch["labels"][:, :-1] != -100
-    assert torch.equal(batch["input_ids"][:, 1:][same], batch["labels"][:, :-1][same])
-    (text / "a.txt").unlink()
-    every = RandomWindows(open_files([text]), 32, 64, seed=1)
-    drawn = torch.cat([every.batch(index)["labels"] for index in range(40)])
-    assert set(drawn.flatten().tolist()) == set(range(256))  # the first and the last byte of the file too
 
 
 def test_two_processes_train_one_model(text, tmp_path):

@@ -3,10 +3,12 @@
 Shapes: B, T, D hidden size, N slots, M phases, R read heads.
 """
 
+import torch
 from torch import Tensor, nn
 
 from .pmnet_config import PMNetConfig
-from .pmnet_ops import Linear, RMSNorm, read_slots
+from .pmnet_ops import Int8Linear, Linear, RMSNorm, address, read_slots
+from .pmnet_ops_linear import plain
 
 
 class MemoryRead(nn.Module):
@@ -24,4 +26,11 @@ class MemoryRead(nn.Module):
     def forward(self, hidden: Tensor, geometry: Tensor) -> Tensor:
         """Read for every position: hidden `[B, T, D]`, geometry `[B, T, N, 2M]`, result `[B, T, D]`."""
         query = self.proj_q(self.norm(hidden)).unflatten(-1, (self.heads, self.size))
-        return self.proj_out(read_slots(query, geometry, self.proj_kv.weight, self.proj_kv.bias))
+        return self.proj_out(self.seen(query, geometry))
+
+    def seen(self, query: Tensor, geometry: Tensor) -> Tensor:
+        """What the heads see, `[B, T, R * M]`; a `proj_kv` that was wrapped or hooked (an adapter) is called itself."""
+        if type(self.proj_kv) in (Linear, Int8Linear) and plain(self.proj_kv):
+            return read_slots(query, geometry, self.proj_kv.weight, self.proj_kv.bias)
+        keys, values = self.proj_kv(geometry).unflatten(-1, (2, self.heads, self.size)).unbind(-3)
+        return torch.einsum("btnr,btnrm->btrm", address(query, keys).to(values.dtype), values).flatten(2)

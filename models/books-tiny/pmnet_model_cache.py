@@ -234,6 +234,8 @@ class PMNetCache(Cache):
             cache.memory = [tensors[f"memory.{level}"] for level in range(levels)]
             cache.window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
             cache.seen, cache.in_document, cache.next_position = (tensors[name] for name in _COUNTERS)
+            if not all(past.isfinite().all() for pair in cache.window for past in pair):
+                raise ValueError(f"{path} is damaged: its keys and values are not finite")
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
         return cache
@@ -244,7 +246,7 @@ class PMNetCache(Cache):
 
     @classmethod
     def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int = 1) -> "PMNetCache":
-        """The state that `tensors()` of a model's cache describes; `columns` matters to `crop` and `generate` only."""
+        """The state that `tensors()` of a model's cache describes; `columns` must be 0 only if nothing was read."""
         cache = object.__new__(cls)
         Cache.__init__(cache, layers=[])
         levels, layers = config.num_levels, config.num_hidden_layers

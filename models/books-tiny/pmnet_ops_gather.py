@@ -38,7 +38,7 @@ def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
     return chosen.to(rows.dtype) @ rows
 
 
-@torch.library.custom_op("pmnet_exported::lookup", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::lookup", mutates_args=())
 def lookup(table: Tensor, index: Tensor) -> Tensor:
     """Rows `table[index]` of a small table, whose gradient is a matrix product (`sum_rows`).
 

@@ -10,6 +10,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import subprocess
 import tempfile
 from pathlib import Path
@@ -55,18 +56,18 @@ def library() -> ctypes.CDLL | None:
     sources = sorted(folder.glob("*.cpp"))
     if not sources:  # code exported with a model goes without them
         return None
-    compiler = os.environ.get("CXX", "c++")
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
-        version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+        version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
         key = hashlib.sha256(text + version + " ".join(FLAGS).encode() + processor_flags()).hexdigest()[:24]
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pmnet"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmnet"
         target = cache / f"kernels-{key}.so"
         if not target.exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 built = Path(scratch) / "kernels.so"
-                command = [compiler, *FLAGS, *map(str, sources), "-o", str(built)]
+                command = [*compiler, *FLAGS, *map(str, sources), "-o", str(built)]
                 subprocess.run(command, capture_output=True, check=True, text=True)
                 os.replace(built, target)
         loaded = ctypes.CDLL(str(target))

@@ -91,7 +91,7 @@ def scan_rotations(
     return angle, final_state
 
 
-@torch.library.custom_op("pmnet_exported::angle_of_states", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::angle_of_states", mutates_args=())
 def _angle_of_states(
     rotation: Tensor,
     states: Tensor,

@@ -76,6 +76,7 @@ class PMNetConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.rope_theta = (getattr(self, "rope_parameters", None) or {}).get("rope_theta", self.rope_theta)
         self.validate_architecture()
 
     def validate_architecture(self) -> None:
@@ -103,6 +104,13 @@ class PMNetConfig(PreTrainedConfig):
             )
         if not 1 <= self.phase_bits <= 32:
             raise ValueError(f"PMNetConfig: phase_bits must be between 1 and 32, got {self.phase_bits}")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"PMNetConfig: {name} must be a positive number, got {value!r}")
+        scaling = getattr(self, "rope_scaling", None) or getattr(self, "rope_parameters", None) or {}
+        if scaling.get("rope_type", scaling.get("type", "default")) != "default":
+            raise ValueError(f"PMNetConfig: rotary positions cannot be rescaled, got {scaling}")
         if self.hidden_act != "silu":
             raise ValueError(f"PMNetConfig: hidden_act must be 'silu', got {self.hidden_act!r}")
         if getattr(self, "use_sliding_window", True) is False:

@@ -19,7 +19,7 @@ from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
 from .pmnet_model_chunk import read_chunk
 from .pmnet_model_step import try_step
-from .pmnet_ops import Linear, RMSNorm, rotary_table
+from .pmnet_ops import Int8Linear, Linear, RMSNorm, rotary_table
 
 
 class PMNetPreTrainedModel(PreTrainedModel):
@@ -48,11 +48,32 @@ class PMNetPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Compute activations again in backward instead of keeping them.
+
+        Raises:
+            ValueError: for `use_reentrant=True`, which would lose the gradient of everything but the hidden states.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError("a PMNet hands more than hidden states from layer to layer: use_reentrant must be False")
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
+        """Write configuration and weights.
+
+        Raises:
+            ValueError: for 8-bit weights, which are for inference in this process only.
+        """
+        if any(isinstance(module, Int8Linear) for module in self.modules()):
+            raise ValueError("8-bit weights cannot be saved: save the model before quantize_int8")
+        super().save_pretrained(*arguments, **kwargs)
+
 
 class PMNetModel(PMNetPreTrainedModel):
     """The stack of decoder layers with its memory tree; returns hidden states."""
 
     def __init__(self, config: PMNetConfig):
+        config.validate_architecture()  # again: values may have been set since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.memory_embeddings = nn.ParameterList(
@@ -97,7 +118,8 @@ class PMNetModel(PMNetPreTrainedModel):
                 training.
             document_ids: `[B, T]`; a change of value starts a new document. The first position continues the
                 document of the cache.
-            output_hidden_states: also return the hidden states after the embedding and after each layer.
+            output_hidden_states: also return the hidden states after the embedding and after each layer, the last of
+                them normed.
             kwargs: other `transformers` keywords (`return_dict`, ...) are accepted and ignored.
 
         Returns:
@@ -105,7 +127,10 @@ class PMNetModel(PMNetPreTrainedModel):
 
         Raises:
             ValueError: if ids are out of range, shapes do not agree, or the state is another model's.
+            NotImplementedError: inside forward-mode differentiation, which the operators do not have.
         """
+        if torch.autograd.forward_ad._current_level >= 0:
+            raise NotImplementedError("a PMNet has no forward-mode derivative; use backward")
         if inputs_embeds is not None and input_ids is None:
             hidden = inputs_embeds
         elif input_ids is not None and inputs_embeds is None:
@@ -114,7 +139,7 @@ class PMNetModel(PMNetPreTrainedModel):
         else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if past_key_values is not None:
-            _check_cache(past_key_values, self.config, hidden.shape[0])
+            _check_cache(past_key_values, self.config, hidden)
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
@@ -152,10 +177,11 @@ class PMNetModel(PMNetPreTrainedModel):
             trace.append(hidden)
         if past_key_values is not None:
             chunk.advance(past_key_values, after_memory, after_window)
+        last = chunk.restore(self.norm(hidden))
         return BaseModelOutputWithPast(
-            last_hidden_state=chunk.restore(self.norm(hidden)),
+            last_hidden_state=last,
             past_key_values=past_key_values,
-            hidden_states=tuple(chunk.restore(state) for state in trace) if output_hidden_states else None,
+            hidden_states=(*map(chunk.restore, trace[:-1]), last) if output_hidden_states else None,
         )
 
 
@@ -189,8 +215,8 @@ class PMNetForCausalLM(PMNetPreTrainedModel, GenerationMixin):
         """Next-token logits, and the loss when labels are given.
 
         Args:
-            labels: `[B, T]`, usually `input_ids`; shifted inside, -100 is ignored. The loss is the mean
-                cross-entropy in nats.
+            labels: `[B, T]`, usually `input_ids`; shifted inside, -100 is ignored, and so is what would be predicted
+                from padding. The loss is the mean cross-entropy in nats.
             logits_to_keep: compute logits of the last so many positions only (0: all), or of these indices.
             kwargs: passed to the loss function (`num_items_in_batch`, ...).
 
@@ -216,6 +242,9 @@ class PMNetForCausalLM(PMNetPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
+            if attention_mask is not None:
+                padding = attention_mask[:, -labels.shape[1] : -1] == 0
+                labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(padding, -100)], dim=1)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -252,11 +281,13 @@ def _check_ids(ids: Tensor, vocab_size: int) -> None:
             raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
 
 
-def _check_cache(cache: PMNetCache, config: PMNetConfig, batch_size: int) -> None:
+def _check_cache(cache: PMNetCache, config: PMNetConfig, hidden: Tensor) -> None:
     if not isinstance(cache, PMNetCache):
         raise ValueError(f"past_key_values must be a PMNetCache, got {type(cache).__name__}")
     if not torch.compiler.is_compiling():
-        cache.check_fits(config, batch_size)
+        cache.check_fits(config, hidden.shape[0])
+        if cache.seen.device != hidden.device:
+            raise ValueError(f"this state is on {cache.seen.device}, the model on {hidden.device}: use .to()")
 
 
 __all__ = ["PMNetForCausalLM", "PMNetModel", "PMNetPreTrainedModel"]

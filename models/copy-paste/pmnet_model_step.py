@@ -22,7 +22,7 @@ from .pmnet_model_attention import SlidingWindowAttention
 from .pmnet_model_block import PMNetBlock, SwiGLU
 from .pmnet_model_cache import PMNetCache, Ring
 from .pmnet_ops import Int8Linear, Linear, RMSNorm, native
-from .pmnet_ops_linear import library_sums_in_order
+from .pmnet_ops_linear import library_sums_in_order, plain
 from .pmnet_ops_native import library
 from .pmnet_ops_phase import MOST_SLOTS
 
@@ -77,9 +77,10 @@ def try_step(
         return None
     values = vars(config)  # attributes of a configuration are slow
     try:
-        weights = [_pointers_of(layer) for layer in layers]
+        sizes = _sizes(values)
+        weights = [_pointers_of(layer, *sizes) for layer in layers]
         _check(norm, RMSNorm)
-        final, tables = _float(norm._parameters["weight"]), [_float(anchor) for anchor in anchors]
+        final, tables = _float(norm._parameters["weight"], hidden.shape[2]), [_float(anchor) for anchor in anchors]
         ring = cache.ring()
         per_layer, per_level = array("Q"), array("Q")
         for found, buffer in zip(weights, ring.buffers, strict=True):
@@ -134,7 +135,18 @@ def _describe(values: Mapping[str, Any], rows: int, offset: int) -> _Model:
     return _Model(rows, *numbers, buffer, offset, values["rope_theta"], values["rms_norm_eps"], scale)
 
 
-def _pointers_of(layer: nn.Module) -> list[int]:
+def _sizes(values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """Numbers in the weights of the norms and of the products, in the order of `_pointers_of`."""
+    hidden, inner, heads, kv_heads, width, _, _, size, read_heads, *_ = (values[name] for name in _CONFIGURED)
+    read = read_heads * size
+    return [hidden, width, width, hidden, hidden, hidden], [
+        hidden * heads * width, hidden * kv_heads * width, hidden * kv_heads * width, heads * width * hidden,
+        hidden * inner, hidden * inner, inner * hidden, hidden * read, 4 * size * read, read * hidden,
+        hidden * size, 2 * size * size, hidden * size, size * size,
+    ]  # fmt: skip
+
+
+def _pointers_of(layer: nn.Module, norm_sizes: list[int], product_sizes: list[int]) -> list[int]:
     """Addresses of one layer's weights in the order of `Layer` in step.cpp; 0 for what is absent."""
     _check(layer, PMNetBlock)
     parts = layer._modules
@@ -151,25 +163,27 @@ def _pointers_of(layer: nn.Module) -> list[int]:
     if type(read["proj_kv"]) is Int8Linear and read["proj_kv"].out_features % (2 * 16 * reader.heads):
         raise _Unusual  # the values of a head would begin inside a panel
     found = []
-    for norm in norms:
+    for norm, count in zip(norms, norm_sizes, strict=True):
         if norm is not None:
             _check(norm, RMSNorm)
-        found.append(0 if norm is None else _float(norm._parameters["weight"]))
-    for product in products:
+        found.append(0 if norm is None else _float(norm._parameters["weight"], count))
+    for product, count in zip(products, product_sizes, strict=True):
         if product is None:
             found += (0, 0, 0)
             continue
         if type(product) is Int8Linear:
-            found += _int8(product)
+            found += _int8(product, count)
             continue
         _check(product, Linear)
         bias = product._parameters["bias"]
-        found += (_float(product._parameters["weight"]), 0, 0 if bias is None else _float(bias))
+        found += (_float(product._parameters["weight"], count), 0, 0 if bias is None else _float(bias))
     return found
 
 
-def _int8(product: Int8Linear) -> tuple[int, int, int]:
+def _int8(product: Int8Linear, count: int) -> tuple[int, int, int]:
     _check(product, Int8Linear)
+    if product.out_features * product.in_features != count:
+        raise _Unusual
     tensors = product._buffers  # attributes of a module are slow
     panels, bias = tensors["panels"], tensors["bias"]
     assert panels is not None
@@ -182,13 +196,13 @@ def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]
 
 
 def _check(module: nn.Module | None, kind: type) -> None:
-    if module is None or type(module) is not kind or "forward" in vars(module):
-        raise _Unusual
-    if module._forward_hooks or module._forward_pre_hooks:
+    if module is None or type(module) is not kind or not plain(module):
         raise _Unusual
 
 
-def _float(tensor: Tensor | None) -> int:
+def _float(tensor: Tensor | None, count: int | None = None) -> int:
     if tensor is None or tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+        raise _Unusual
+    if count is not None and tensor.numel() != count:  # a part was replaced: the configuration is no longer its size
         raise _Unusual
     return tensor.data_ptr()

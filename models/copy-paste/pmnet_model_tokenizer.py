@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from transformers import AddedToken, PreTrainedConfig, PreTrainedTokenizer
 
@@ -49,7 +50,9 @@ class ByteTokenizer(PreTrainedTokenizer):
             str(names[role]): index for role, index in (PUBLISHED_IDS if published_ids else _OWN_IDS).items()
         }
         self._added_tokens_decoder = {i: AddedToken(t, special=True) for t, i in self._special_ids.items()}
-        kwargs.pop("added_tokens_decoder", None)
+        self._ids = self.get_vocab()
+        saved: Any = kwargs.pop("added_tokens_decoder", {})
+        self._added_tokens_decoder |= {i: token for i, token in saved.items() if i >= VOCAB_SIZE}
         kwargs["split_special_tokens"] = True
         super().__init__(errors=errors, published_ids=published_ids, **names, **kwargs)
 
@@ -59,8 +62,9 @@ class ByteTokenizer(PreTrainedTokenizer):
         return VOCAB_SIZE
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id, one name per id; a special token is listed beside the byte whose id it shares."""
-        return {self._convert_id_to_token(i): i for i in range(VOCAB_SIZE)} | self._special_ids
+        """Token to id, added ones included; a special token is listed beside the byte whose id it shares."""
+        added = {token.content: i for i, token in self._added_tokens_decoder.items()}
+        return {self._convert_id_to_token(i): i for i in range(VOCAB_SIZE)} | added
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of raw bytes, one each."""
@@ -78,11 +82,7 @@ class ByteTokenizer(PreTrainedTokenizer):
         return [f"<0x{byte:02X}>" for byte in text.encode("utf-8", "surrogateescape")]
 
     def _convert_token_to_id(self, token: str) -> int | None:
-        if token.startswith("<0x"):
-            return int(token[3:5], 16)
-        if token.startswith("<reserved_"):
-            return int(token[10:-1])
-        return MARKERS.get(token, self._special_ids.get(token))
+        return self._ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
         if not 0 <= index < VOCAB_SIZE:

@@ -93,7 +93,7 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
     return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
 
 
-@torch.library.custom_op("pmnet_exported::address", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::address", mutates_args=())
 def _address(query: Tensor, keys: Tensor) -> Tensor:
     query, keys = query.contiguous(), keys.contiguous()
     batch, length, slots, heads, size = keys.shape
@@ -102,7 +102,7 @@ def _address(query: Tensor, keys: Tensor) -> Tensor:
     return weights
 
 
-@torch.library.custom_op("pmnet_exported::address_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::address_backward", mutates_args=())
 def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     query, keys, upstream = query.contiguous(), keys.contiguous(), upstream.contiguous()
     batch, length, slots, heads, size = keys.shape
@@ -113,7 +113,7 @@ def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Te
     return grads
 
 
-@torch.library.custom_op("pmnet_exported::geometry", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::geometry", mutates_args=())
 def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     field = None if field is None else field.contiguous()
     anchors, groups = anchors.contiguous(), groups.contiguous()
@@ -123,7 +123,7 @@ def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("pmnet_exported::geometry_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::geometry_backward", mutates_args=())
 def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
     upstream = upstream.contiguous()
     *leading, width = geometry.shape
@@ -132,7 +132,7 @@ def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
     return grad
 
 
-@torch.library.custom_op("pmnet_exported::read_slots", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::read_slots", mutates_args=())
 def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and the weights of the slots for the gradient. Keys and mixed slots stay in the cache."""
     batch, length, heads, size = query.shape
@@ -149,7 +149,7 @@ def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -
     return values, weights
 
 
-@torch.library.custom_op("pmnet_exported::read_slots_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::read_slots_backward", mutates_args=())
 def _read_slots_backward(
     query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor, weights: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -71,7 +71,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up
 
 
-@torch.library.custom_op("pmnet_exported::rms_norm", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
@@ -80,7 +80,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@torch.library.custom_op("pmnet_exported::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, upstream = x.contiguous(), upstream.contiguous()
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
@@ -89,7 +89,7 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) 
     return grad, parts.sum(0)
 
 
-@torch.library.custom_op("pmnet_exported::norm_rotate", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::norm_rotate", mutates_args=())
 def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
     out = torch.empty_like(x)
@@ -99,7 +99,7 @@ def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     return out
 
 
-@torch.library.custom_op("pmnet_exported::norm_rotate_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::norm_rotate_backward", mutates_args=())
 def _norm_rotate_backward(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, upstream: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -111,7 +111,7 @@ def _norm_rotate_backward(
     return grad, parts.sum(0)
 
 
-@torch.library.custom_op("pmnet_exported::rotary_table", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::rotary_table", mutates_args=())
 def _rotary_table(positions: Tensor, width: int, theta: float, double: bool, natively: bool) -> Tensor:
     """`[2, B or 1, T, E]`; one operator, lest a compiler repeats it in every use."""
     if natively:
@@ -131,7 +131,7 @@ def _(positions: Tensor, width: int, theta: float, double: bool, natively: bool)
     return positions.new_empty(2, *positions.shape, width, dtype=torch.float64 if double else torch.float32)
 
 
-@torch.library.custom_op("pmnet_exported::silu_product", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::silu_product", mutates_args=())
 def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
@@ -139,7 +139,7 @@ def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("pmnet_exported::silu_product_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::silu_product_backward", mutates_args=())
 def _silu_product_backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, upstream = gate.contiguous(), up.contiguous(), upstream.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)

@@ -31,7 +31,7 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
     return batch, length, heads, keys.shape[2], width, keys.shape[1] - length + 1, span.shape[0]
 
 
-@torch.library.custom_op("pmnet_exported::window_attention", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::window_attention", mutates_args=())
 def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
     query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
     out = torch.empty_like(query)
@@ -39,7 +39,7 @@ def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor,
     return out
 
 
-@torch.library.custom_op("pmnet_exported::window_attention_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::window_attention_backward", mutates_args=())
 def _window_attention_backward(
     query: Tensor, keys: Tensor, values: Tensor, span: Tensor, upstream: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,7 +75,7 @@ def phase_write(
     return angle.view_as(rotation), after.view_as(memory)
 
 
-@torch.library.custom_op("pmnet_exported::phase_write", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::phase_write", mutates_args=())
 def _phase_write(
     weights: Tensor,
     raw: Tensor,
@@ -97,7 +97,7 @@ def _phase_write(
     return angle, after
 
 
-@torch.library.custom_op("pmnet_exported::phase_write_backward", mutates_args=())
+@torch.library.custom_op(__name__.replace(".", "_") + "::phase_write_backward", mutates_args=())
 def _phase_write_backward(
     weights: Tensor,
     raw: Tensor,

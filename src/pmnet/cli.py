@@ -32,7 +32,7 @@ gradients = typer.Typer(
     no_args_is_help=True, help="Why it trains: gradients through time, norms, precision, saturation."
 )
 evaluate.add_typer(gradients, name="gradients")
-out = Console()
+out = Console(markup=False)
 
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]
@@ -95,7 +95,7 @@ def data_command(
         rows = prepare(tier, folder)["documents"]
         for split in ("train", "validation", "test"):
             sizes = [row["bytes"] for row in rows if row["split"] == split]
-            out.print(f"{folder / split}: {len(sizes)} documents, {sum(sizes):,} bytes")
+            out.print(f"{folder / split}: {len(sizes)} documents, {sum(sizes):,} bytes", soft_wrap=True)
 
 
 @app.command("generate")
@@ -149,7 +149,7 @@ def export_command(
     with _plain_errors():
         load_model(model)
         files = export_code(model)
-        out.print(f"{len(files)} files written to {model}")
+        out.print(f"{len(files)} files written to {model}", soft_wrap=True)
 
 
 app.command("flops")(_plain_errors()(flops_command))

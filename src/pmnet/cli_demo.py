@@ -20,7 +20,7 @@ from pmnet.model.load import load_model
 from pmnet.model.tokenizer import PASTE
 
 DEFAULT = "Hello, memory!"
-out = Console()
+out = Console(markup=False)
 
 
 def demo_command(

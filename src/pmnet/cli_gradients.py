@@ -23,7 +23,7 @@ from pmnet.report.plots_gradients import plot_jacobian, plot_precision, plot_sat
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.recipes import demo, demo_model
 
-out = Console()
+out = Console(markup=False)
 
 Save = Annotated[Path, typer.Option(help="Folder for the JSON file and the PNG.")]
 Models = Annotated[str, typer.Option(help="pmnet and controls of its size, separated by commas.")]
@@ -149,11 +149,11 @@ def _config(name: str) -> PreTrainedConfig:
 
 def _networks(names: str, folders: list[Path], seed: int) -> Iterator[tuple[str, str | None, PreTrainedModel]]:
     """Name, folder and model: first fresh ones, then those of the folders."""
+    others = [load_any(folder) for folder in folders]  # first, so that a wrong one is named at once
     for name in filter(None, names.split(",")):
         torch.manual_seed(seed)
         yield name, None, AutoModelForCausalLM.from_config(_config(name)).eval()
-    for folder in folders:
-        network = load_any(folder)
+    for folder, network in zip(folders, others, strict=True):
         kind = getattr(network.config, "memory_kind", None)
         name = network.config.model_type.removeprefix("pmnet-").lower()
         yield name if kind is None else f"{kind}-memory", str(folder), network
@@ -187,4 +187,7 @@ def _published() -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _numbers(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    found = [float(part) for part in text.split(",")]
+    if min(found) <= 0:
+        raise ValueError(f"numbers above 0 are needed, not {text}")
+    return found

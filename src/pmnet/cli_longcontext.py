@@ -17,7 +17,7 @@ from pmnet.eval.longcontext import POINTS, beyond, bits_by_position, modes_of, w
 from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import provenance, write_json
 
-out = Console()
+out = Console(markup=False)
 
 
 def longcontext_command(
@@ -57,7 +57,7 @@ def longcontext_command(
     out.print(table)
     if save is not None:
         plot_longcontext({row["mode"]: row for row in rows}, save / "longcontext.png")
-        out.print(f"saved {save / 'longcontext.json'} and {save / 'longcontext.png'}")
+        out.print(f"saved {save / 'longcontext.json'} and {save / 'longcontext.png'}", soft_wrap=True)
 
 
 def bytes_of(text: str) -> int:

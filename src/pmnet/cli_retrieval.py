@@ -17,7 +17,7 @@ from pmnet.model.load import load_model
 from pmnet.report.plots import plot_memory, plot_retrieval
 from pmnet.report.provenance import provenance, write_json
 
-out = Console()
+out = Console(markup=False)
 
 
 def retrieval_command(
@@ -69,7 +69,7 @@ def retrieval_command(
     out.print(table)
     if save is not None:
         plot_retrieval(task, done, one, save / f"{task}.png")
-        out.print(f"saved {save / f'{task}.json'} and {save / f'{task}.png'}")
+        out.print(f"saved {save / f'{task}.json'} and {save / f'{task}.png'}", soft_wrap=True)
 
 
 def memory_command(
@@ -103,7 +103,7 @@ def memory_command(
     if save is not None:
         write_json(save / "memory.json", provenance() | {"seed": seed, "size": size, "strings": strings} | found)
         plot_memory(found, save / "memory.png")
-        out.print(f"saved {save / 'memory.json'} and {save / 'memory.png'}")
+        out.print(f"saved {save / 'memory.json'} and {save / 'memory.png'}", soft_wrap=True)
 
 
 def _parts(text: str) -> list[str]:

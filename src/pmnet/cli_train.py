@@ -1,6 +1,7 @@
 """`pmnet train`."""
 
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +15,13 @@ from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
-from pmnet.train.checkpoint import starting_point
+from pmnet.train.checkpoint import exclusive, starting_point
 from pmnet.train.ladders import LADDERS
 from pmnet.train.loop import train
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask, Task
 
-out = Console()
+out = Console(markup=False)
 _PRESETS = "; ".join(f"{task}: {', '.join(recipes)}" for task, recipes in RECIPES.items())
 
 
@@ -42,7 +43,7 @@ def train_command(
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
     clip: Annotated[float | None, typer.Option(min=0.0, help="Greatest gradient norm; 1e30 clips nothing.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1)] = None,
     precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
     compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
     checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0)] = None,
@@ -69,6 +70,10 @@ def train_command(
         recipe = replace(recipe, gap=recipe.model.receptive_field)
     if architecture != "pmnet":
         recipe = replace(recipe, model=control(architecture, recipe.model))
+    if task == "lm" and size is not None:
+        raise ValueError("--size is for tasks, not for lm")
+    if task != "lm" and (carry, length, piece) != (None, None, None):
+        raise ValueError(f"--carry, --length and --piece are for lm, not for {task}")
     if task != "lm":
         recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
     starting_point(run, resume, recipe.plan())
@@ -82,11 +87,12 @@ def train_command(
             out.print(cost_line(recipe, processes), highlight=False)
     else:
         source = LADDERS[task](recipe, processes)
+    facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
+    facts |= {"recipe": recipe.facts(), "model": recipe.model.to_dict()}
+    with exclusive(run) if main else nullcontext():
+        train(recipe, source, run, resume, started=lambda: write_json(run / "config.json", facts))
     if main:
-        facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
-        write_json(run / "config.json", facts | {"recipe": recipe.facts(), "model": recipe.model.to_dict()})
-    train(recipe, source, run, resume)
-    out.print(f"model saved to {run / 'model'}")
+        out.print(f"model saved to {run / 'model'}", soft_wrap=True)
 
 
 def _byte_task(data: list[Path], recipe: Recipe, processes: int) -> ByteTask:

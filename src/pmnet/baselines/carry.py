@@ -105,6 +105,8 @@ class Carry:
         window = int(getattr(self.model.config, "sliding_window", 1))
         with torch.no_grad():  # the library makes its tensors when they are first used
             self.read(torch.zeros(self.rows, window, dtype=torch.int64, device=self.model.device))
+        if "columns" not in state:
+            raise ValueError("the saved state is damaged: it lacks columns")
         self.columns = int(state["columns"][0])
         for index, tensor in enumerate(self._tensors()):
             saved = state.get(str(index))

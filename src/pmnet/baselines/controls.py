@@ -53,6 +53,9 @@ def _variant(like: PMNetConfig, kind: str) -> PreTrainedConfig:
 
 
 def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrainedConfig:
+    if window is not None and window < 2:
+        raise ValueError(f"the library's sliding window is at least 2 keys wide, not {window}")
+
     def build(width: int) -> PreTrainedConfig:
         values = {
             "vocab_size": like.vocab_size, "hidden_size": like.hidden_size, "intermediate_size": width,

@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pmnet.model.load import load_model
+from pmnet.model.load import check_weights, load_model
 
 OTHERS = ("mistral", "llama", "mamba", "mamba2", "pmnet-lstm", "pmnet-ntm", "pmnet-variant")
 
@@ -25,6 +26,10 @@ def load_any(folder: Path) -> PreTrainedModel:
     if kind not in OTHERS:
         return load_model(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError) as error:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True
+        )
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, StrictDataclassError) as error:
         raise ValueError(f"{folder} is not a complete {kind} model: {str(error).splitlines()[0]}") from error
+    check_weights(folder, model, report)
+    return model.eval()

@@ -3,6 +3,8 @@
 The text of several files is one stream of documents: file after file in sorted order, each preceded by BOS.
 """
 
+import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +32,12 @@ class ByteFiles:
         """Bytes of all files."""
         return sum(self.sizes)
 
+    @property
+    def digest(self) -> str:
+        """Of the names and sizes, wherever the folders are."""
+        text = "\n".join(f"{path.name} {size}" for path, size in zip(self.paths, self.sizes, strict=True))
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
     def read(self, file: int, start: int, stop: int) -> bytes:
         """Bytes `[start, stop)` of one file.
 
@@ -50,13 +58,14 @@ def open_files(paths: list[Path]) -> ByteFiles:
     Raises:
         FileNotFoundError: if a path does not exist.
         ValueError: if a named file, or everything together, is empty.
-        PermissionError: if a file cannot be read.
+        PermissionError: if a file or a folder cannot be read.
     """
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = (p for p in sorted(path.rglob("*")) if p.is_file())
-            found += [p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)]
+            inside = (Path(folder) / name for folder, _, names in os.walk(path, onerror=_refuse) for name in names)
+            shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            found += sorted(p for p in shown if p.is_file())
         elif path.is_file():
             if path.stat().st_size == 0:
                 raise ValueError(f"{path} is empty")
@@ -70,6 +79,10 @@ def open_files(paths: list[Path]) -> ByteFiles:
         with path.open("rb"):
             pass
     return ByteFiles(tuple(full), tuple(p.stat().st_size for p in full))
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 class RandomWindows:

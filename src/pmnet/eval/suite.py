@@ -101,6 +101,8 @@ def grid(
                 continue
             for distance in sorted({_distance(part, reach) for part in distances or plan.distances}):
                 cells.append(Cell(plan.build(size, variant, distance, filler), size, variant, distance))
+    if not cells:
+        raise ValueError("recall with one-byte symbols has at most 255 pairs")
     return cells
 
 

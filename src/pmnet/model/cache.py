@@ -234,6 +234,8 @@ class PMNetCache(Cache):
             cache.memory = [tensors[f"memory.{level}"] for level in range(levels)]
             cache.window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
             cache.seen, cache.in_document, cache.next_position = (tensors[name] for name in _COUNTERS)
+            if not all(past.isfinite().all() for pair in cache.window for past in pair):
+                raise ValueError(f"{path} is damaged: its keys and values are not finite")
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
         return cache

@@ -2,8 +2,10 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
 from pmnet.config import PMNetConfig
 from pmnet.model.modeling import PMNetForCausalLM
@@ -28,14 +30,24 @@ def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
             raise ValueError(f"model_type is {facts.get('model_type')!r}, not {PMNetConfig.model_type!r}")
         config = PMNetConfig.from_pretrained(folder)
         model, report = PMNetForCausalLM.from_pretrained(
-            folder, config=config, output_loading_info=True, use_safetensors=True, local_files_only=True
-        )
+            folder, config=config, output_loading_info=True, use_safetensors=True, local_files_only=True,
+            ignore_mismatched_sizes=True,  # so that they are named below
+        )  # fmt: skip
     except (SafetensorError, RuntimeError, ValueError, TypeError, OSError, AttributeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(f"{folder} is not a complete PMNet model: {first}") from error
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if wrong:
-        raise ValueError(f"{folder} is not a complete PMNet model: weights and config differ at {wrong[0]}")
+    check_weights(folder, model, report)
     if int8:
         quantize_int8(model)
     return model.eval()
+
+
+def check_weights(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Raise ValueError, naming the first tensor, if what `from_pretrained` loaded (`report`) is not the whole model."""
+    mismatched = [name for name, *_ in report["mismatched_keys"]]
+    wrong = [*report["missing_keys"], *report["unexpected_keys"], *mismatched]
+    if wrong:
+        raise ValueError(f"{folder} is not a complete model: weights and config differ at {wrong[0]}")
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder} is damaged: {name} is not finite")

@@ -8,14 +8,19 @@ it) and `trainer.json` (step, schedule, task, recipe).
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from pmnet.model import ByteTokenizer
 
 
 def save_checkpoint(
@@ -46,9 +51,7 @@ def save_checkpoint(
         OSError: if the disk is full or not writable; earlier checkpoints are then untouched.
     """
     target = run / "checkpoints" / f"step-{step}"
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with _whole(target) as partial:
         model.save_pretrained(partial)
         tensors = {"random": torch.get_rng_state()}
         for number, optimizer in enumerate(optimizers):
@@ -60,31 +63,73 @@ def save_checkpoint(
                 save_file(plain, partial / f"{name}.safetensors")
         text = json.dumps({"step": step, "schedules": schedules} | facts, indent=1)
         (partial / "trainer.json").write_text(text)
+    for _, old in _complete(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def save_model(model: PreTrainedModel, target: Path) -> None:
+    """Write model and tokenizer to a folder, complete or not at all.
+
+    Raises:
+        OSError: if the disk is full or not writable; what was there before is then untouched.
+    """
+    with _whole(target) as partial:
+        model.save_pretrained(partial)
+        ByteTokenizer().save_pretrained(partial)
+
+
+@contextmanager
+def _whole(target: Path) -> Iterator[Path]:
+    """A folder to write to, which takes the place of `target` at the end, unless something goes wrong."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        yield partial
         shutil.rmtree(target, ignore_errors=True)
         os.replace(partial, target)
     except SafetensorError as error:
         raise OSError(f"could not write {target}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    for _, old in _complete(run)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
+
+
+@contextmanager
+def exclusive(run: Path) -> Iterator[None]:
+    """Keep other processes from training in the same folder.
+
+    Raises:
+        ValueError: if one does.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(run / ".lock", blocking=False):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process is training in {run}") from error
 
 
 def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None:
-    """The checkpoint that a run by this plan (`Recipe.plan`) starts from; None for a fresh one.
+    """The checkpoint that a run starts from; None for a fresh one.
+
+    Args:
+        run: run folder.
+        resume: whether to continue.
+        plan: JSON-able values, by name, that the checkpoint must have been made with (`Recipe.plan`).
 
     Raises:
         FileExistsError: if `run` holds checkpoints and `resume` is False.
-        ValueError: if `resume` is True and there are none, or if the newest is damaged or of another recipe.
+        ValueError: if `resume` is True and there are none, or if the newest is damaged or was made by another plan.
     """
     found = latest_checkpoint(run)
     if found is not None and not resume:
         raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
-    if found is not None and any(_facts(found).get(part) != value for part, value in plan.items()):
-        raise ValueError(f"{found} was trained with another recipe; resume with the same options")
+    facts = plan if found is None else _facts(found)
+    for part, value in plan.items():
+        if facts.get(part) != value:
+            raise ValueError(f"{found} was trained with another {part}; resume with the same options")
     return found
 
 

@@ -44,6 +44,8 @@ class Ladder:
         processes: that read batches in turns, of which all review or none; they must observe the same numbers.
     """
 
+    source = ""
+
     def __init__(
         self,
         stages: Sequence[Problem],

@@ -61,11 +61,13 @@ def needle(recipe: Recipe, processes: int = 1) -> Ladder:
     """A number at any depth of real text of up to `recipe.size` bytes."""
     sizes = [length for length in (96, 128, 192, 256, 384, 512, 768, 1024) if length <= recipe.size]
     stages: list[Problem] = [Needle(length) for length in sizes]
-    return _ladder(recipe, processes, stages, [Part(Needle(sizes[-1]))])
+    return _ladder(recipe, processes, stages, [Part(Needle(size)) for size in sizes[-1:]])
 
 
 def _ladder(recipe: Recipe, processes: int, stages: list[Problem], mixture: list[Part]) -> Ladder:
     """All stages are left by the middle of training at the latest."""
+    if not stages or not mixture:
+        raise ValueError(f"there is nothing to learn at size {recipe.size}: this task begins at a larger one")
     return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)
 
 

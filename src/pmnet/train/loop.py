@@ -1,6 +1,7 @@
 """The training loop: AdamW and Muon under `accelerate`, stopped by a signal, resumed to the bit."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
 from pmnet.baselines import Carry, carries, matrix_scan
 from pmnet.memory import MemoryRead
-from pmnet.model import ByteTokenizer
-from pmnet.train.checkpoint import latest_checkpoint, load_checkpoint, load_state, save_checkpoint, starting_point
+from pmnet.train.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+    save_model,
+    starting_point,
+)
 from pmnet.train.progress import Reporter
 from pmnet.train.recipes import Recipe
 from pmnet.train.tasks import Batch, Task
@@ -33,7 +40,9 @@ class TrainingInterrupted(TrainingStopped):
     """A signal asked to stop; a checkpoint has been written."""
 
 
-def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTrainedModel:
+def train(
+    recipe: Recipe, task: Task, run: Path, resume: bool = False, started: Callable[[], None] = lambda: None
+) -> PreTrainedModel:
     """Train to the end of the recipe, or until a signal.
 
     Args:
@@ -41,6 +50,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
         task: on what.
         run: run folder; receives `checkpoints/`, `metrics.jsonl`, `tensorboard/` and finally `model/`.
         resume: continue from the newest checkpoint of `run`.
+        started: called on the main process before the first step, when the checkpoint, if any, has been accepted.
 
     Returns:
         The trained model, also saved to `run/model`.
@@ -48,10 +58,11 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
     Raises:
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint.
         TrainingStopped: if the loss or a gradient is no longer finite.
-        ValueError: if there is nothing to resume, or the checkpoint is damaged or of another recipe.
+        ValueError: if there is nothing to resume, or the checkpoint is damaged, or of another recipe, model, number of
+            processes or set of files.
         FileExistsError: if `run` holds checkpoints and `resume` is False.
     """
-    plan = recipe.plan()  # now: saving a model adds to its configuration
+    plan = recipe.plan() | {"number of processes": int(os.environ.get("WORLD_SIZE", "1")), "set of files": task.source}
     found = starting_point(run, resume, plan)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
@@ -85,6 +96,8 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
         return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
 
     run.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        started()
     reporter, saved = Reporter(run, recipe.steps, done, accelerator.is_main_process), time.monotonic()
     try:
         torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
@@ -115,8 +128,7 @@ def train(recipe: Recipe, task: Task, run: Path, resume: bool = False) -> PreTra
         reporter.close()
         torch.use_deterministic_algorithms(False)
     if accelerator.is_main_process:
-        model.save_pretrained(run / "model")
-        ByteTokenizer().save_pretrained(run / "model")
+        save_model(model, run / "model")
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
         # gloo's threads need the interpreter to let go of their last tensors; ending the group waits for them with the
@@ -147,8 +159,12 @@ def _restore(
         schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
-    task.restore(facts["task"])
-    return int(facts["step"]), int(facts["bytes"])
+    try:
+        task.restore(facts["task"])
+        done = int(facts["step"]), int(facts["bytes"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint {found} is damaged: trainer.json lacks {error}") from error
+    return done
 
 
 def _gradients(

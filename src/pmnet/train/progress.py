@@ -1,7 +1,9 @@
 """What a person and a file see of a run: one live line, metrics as JSON lines and TensorBoard events."""
 
 import json
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ class Reporter:
             self.spoken = time.monotonic()
             left = (self.total - step) / rate
             line = f"step {step}/{self.total}  {text}  {rate:.1f} steps/s  left {left:.0f} s"
-            self.console.print(line, highlight=False)
+            with suppress(OSError):  # nobody listens any more
+                print(line, file=sys.stderr, flush=True)
         if step % every == 0 or step in (self.first + 1, self.total):
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()

@@ -62,14 +62,20 @@ class Recipe:
     seed: int = 0
     checkpoint_seconds: float = 120.0
 
+    def __post_init__(self) -> None:
+        if self.precision not in ("no", "bf16"):
+            raise ValueError(f"precision is no or bf16, not {self.precision!r}")
+
     def facts(self) -> dict[str, Any]:
         """The recipe as JSON-able values, without the model's configuration."""
         return {name: value for name, value in asdict(self).items() if name != "model"}
 
     def plan(self) -> dict[str, Any]:
-        """Everything that has to be the same for a run to be continued, as it looks after a round trip through JSON."""
-        model = {name: value for name, value in self.model.to_dict().items() if name != "transformers_version"}
-        found: dict[str, Any] = json.loads(json.dumps({"recipe": self.facts(), "model": model}))
+        """What has to be the same for a run to be continued, as it looks after a round trip through JSON."""
+        recipe = {name: value for name, value in self.facts().items() if name != "checkpoint_seconds"}
+        later = {"architectures", "dtype", "transformers_version"}  # a model adds them when it is made or saved
+        model = {name: value for name, value in self.model.to_dict().items() if name not in later}
+        found: dict[str, Any] = json.loads(json.dumps({"recipe": recipe, "model": model}))
         return found
 
 

@@ -14,7 +14,13 @@ Batch = dict[str, Tensor]
 
 
 class Task(Protocol):
-    """A source of batches with a small, JSON-able state."""
+    """A source of batches with a small, JSON-able state.
+
+    Attributes:
+        source: names what the batches are drawn from, where that is not the recipe alone.
+    """
+
+    source: str
 
     def batch(self, index: int) -> Batch:
         """`input_ids` `[B, T]`, and `labels` `[B, S]` for the last S positions; optionally `attention_mask`, `restart`.
@@ -42,6 +48,7 @@ class ByteTask:
 
     def __init__(self, windows: RandomWindows | ContiguousWindows):
         self.windows = windows
+        self.source = windows.files.digest
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the windows."""

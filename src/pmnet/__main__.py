@@ -1,0 +1,5 @@
+"""`python -m pmnet` is the `pmnet` command."""
+
+from pmnet.cli import app
+
+app()
