@@ -123,7 +123,7 @@ def test_attention(window, length, batch, heads, kv_heads, width):
 SIZES = [1, 6, 11, 22, 37, 300]
 
 
-@pytest.mark.parametrize("slots", [2, 3, 5, 64])
+@pytest.mark.parametrize("slots", [2, 3, 5, 72, 128])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])  # of values before tanh: tiny, ordinary, saturated
 def test_address(slots, size, scale):
