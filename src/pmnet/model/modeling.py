@@ -48,7 +48,9 @@ class PMNetPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, *arguments: Any, **kwargs: Any
+    ) -> None:
         """Compute activations again in backward instead of keeping them.
 
         Raises:
@@ -56,7 +58,7 @@ class PMNetPreTrainedModel(PreTrainedModel):
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError("a PMNet hands more than hidden states from layer to layer: use_reentrant must be False")
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, *arguments, **kwargs)
 
     def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
         """Write configuration and weights.
