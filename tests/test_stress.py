@@ -154,7 +154,7 @@ def test_a_killed_process_resumes_to_the_same_bits(text, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "--data", str(text), "--steps", "80", "--batch-size", "2", "--length", "16",
                  "--checkpoint-seconds", "0"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "pmnet.cli", *arguments, "--out", str(run)],
+    process = subprocess.Popen([sys.executable, "-m", "pmnet", *arguments, "--out", str(run)],
                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)  # fmt: skip
     deadline = time.monotonic() + 60
     while latest_checkpoint(run) is None and process.poll() is None and time.monotonic() < deadline:

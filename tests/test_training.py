@@ -248,7 +248,7 @@ def test_two_processes_train_one_model(text, tmp_path):
 
     def launch(*options):
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet.cli",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet",
             "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
             "--learning-rate", "0.002", "--checkpoint-seconds", "0", *options,
         ]  # fmt: skip

@@ -154,6 +154,3 @@ def export_command(
 
 app.command("flops")(_plain_errors()(flops_command))
 app.command("bench")(_plain_errors()(bench_command))
-
-if __name__ == "__main__":
-    app()
