@@ -23,8 +23,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: `auto`, `torch`, `native` or `triton`. A forced backend is used wherever it can be: `native` needs float32
-            tensors on the CPU outside of autocast and 128 slots or fewer, `triton` needs the `triton` package and a CUDA
-            device (or its interpreter).
+            tensors on the CPU outside of autocast and 128 slots or fewer, `triton` needs the `triton` package and a
+            CUDA device (or its interpreter).
 
     Raises:
         ValueError: if there is no such backend.
