@@ -76,7 +76,7 @@ def train_command(
         raise ValueError(f"--carry, --length and --piece are for lm, not for {task}")
     if task != "lm":
         recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
-    starting_point(run, resume, recipe.plan())
+    starting_point(run, resume, recipe.plan())  # before the cost is measured
     main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     source: Task
     if task == "lm":

@@ -2,7 +2,7 @@
 
 A run folder holds `checkpoints/step-N/`: the model in Hugging Face format (`config.json`, `model.safetensors`),
 `optimizer.safetensors` (moments and random state), `state.safetensors` (what the model remembers, if training carries
-it) and `trainer.json` (step, schedule, task, recipe).
+it) and `trainer.json` (step, schedule, task, and the plan: recipe, model, processes, files).
 """
 
 import json
