@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -250,3 +252,12 @@ def test_a_foreign_state_is_named(model, tmp_path):
     other.write_bytes(other.read_bytes()[:50])
     fails(["generate", model, "--state", other, "--prompt", "x"], "damaged")
     fails(["generate", model, "--state", tmp_path / "none", "--prompt", "x"], "no state file")
+
+
+def test_a_reader_that_leaves_ends_generate_without_a_word(model):
+    command = [sys.executable, "-m", "pmnet", "generate", str(model), "--bytes", "100000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        running.stdout.read(10)
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 1

@@ -9,7 +9,7 @@ from pmnet.baselines import CONTROLS, control, load_any
 from pmnet.baselines.controls import parameters
 from pmnet.data.tasks import CopyPaste
 from pmnet.eval.retrieval import measure
-from pmnet.train.ladders import LADDERS
+from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import train
 from pmnet.train.recipes import RECIPES
 
@@ -21,7 +21,7 @@ def test_controls_have_our_size_and_train(name, tmp_path):
     plan = replace(plan, model=control(name, plan.model))
     wanted = size * {"mamba2-3x": 3}.get(name, 1)
     assert abs(parameters(plan.model) - wanted) < (0.1 if name == "flat" else 0.01) * wanted
-    trained = train(plan, LADDERS["copy-paste"](plan), tmp_path / name)
+    trained = train(plan, build_ladder("copy-paste", plan), tmp_path / name)
     loaded = load_any(tmp_path / name / "model")
     ids = torch.randint(0, 256, (2, 30))
     with torch.no_grad():

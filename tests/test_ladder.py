@@ -9,14 +9,14 @@ import torch
 
 from pmnet.model import PMNetForCausalLM
 from pmnet.model.tokenizer import EOS, PASTE
-from pmnet.train.ladders import LADDERS
+from pmnet.train.ladders import CURRICULA, build_ladder
 from pmnet.train.loop import loss_of
 from pmnet.train.recipes import RECIPES
 
 
 def test_a_ladder_is_climbed_by_accuracy_or_when_time_is_up():
     plan = replace(RECIPES["copy-paste"]["demo"](), size=4, batch_size=8)
-    source, gaps = LADDERS["copy-paste"](plan), []
+    source, gaps = build_ladder("copy-paste", plan), []
     assert len(source.stages) == 6 + 2 + 3
     for index in range(1000):
         ids = source.batch(index)["input_ids"]
@@ -29,7 +29,7 @@ def test_a_ladder_is_climbed_by_accuracy_or_when_time_is_up():
     assert 0.05 < sum(least < 15 for _, least, _, _ in final) / len(final) < 0.25
     assert 0.15 < sum(most > 30 for _, _, most, _ in final) / len(final) < 0.4
     assert {rows for *_, rows in final} == {8, 2}
-    stuck = LADDERS["copy-paste"](replace(plan, steps=220))
+    stuck = build_ladder("copy-paste", replace(plan, steps=220))
     stages = []
     for index in range(112):
         stuck.batch(index)
@@ -42,22 +42,22 @@ def test_a_ladder_is_climbed_by_accuracy_or_when_time_is_up():
 def test_seeds_draw_different_batches():
     """A generator keeps 32 bits of its seed, so a seed above them would give every run the same data."""
     plan = RECIPES["copy-paste"]["demo"]()
-    first = [LADDERS["copy-paste"](replace(plan, seed=seed)).batch(3)["input_ids"] for seed in (0, 0, 1, 2)]
+    first = [build_ladder("copy-paste", replace(plan, seed=seed)).batch(3)["input_ids"] for seed in (0, 0, 1, 2)]
     assert torch.equal(first[0], first[1])
     assert not any(a.shape == b.shape and torch.equal(a, b) for a, b in (first[1:3], first[2:4]))
 
 
-@pytest.mark.parametrize("name", list(LADDERS))
+@pytest.mark.parametrize("name", list(CURRICULA))
 def test_every_task_trains_and_a_ladder_resumes(name):
     plan = replace(RECIPES[name]["demo"](), batch_size=4)
-    source, model = LADDERS[name](plan), PMNetForCausalLM(plan.model).train()
+    source, model = build_ladder(name, plan), PMNetForCausalLM(plan.model).train()
     loss, _ = loss_of(model, source.batch(0))
     loss.backward()
     assert loss.item() == pytest.approx(math.log(plan.model.vocab_size), abs=1.0)  # it knows nothing yet
     for index in range(40):
         source.batch(index)
         source.observe(0.9)
-    other = LADDERS[name](plan)
+    other = build_ladder(name, plan)
     other.restore(json.loads(json.dumps(source.state())))
     for index in range(40, 50):
         one, two = source.batch(index), other.batch(index)
@@ -70,7 +70,7 @@ def test_every_task_trains_and_a_ladder_resumes(name):
 def test_processes_climb_together_on_batches_of_their_own():
     """Two ranks that observe the same numbers review in the same steps, and end on the same stage."""
     plan = replace(RECIPES["copy-paste"]["demo"](), size=4, batch_size=8)
-    ranks = [LADDERS["copy-paste"](plan, 2) for _ in range(2)]
+    ranks = [build_ladder("copy-paste", plan, 2) for _ in range(2)]
     reviews = 0
     for step in range(200):
         first, second = (ladder.batch(2 * step + rank)["input_ids"] for rank, ladder in enumerate(ranks))

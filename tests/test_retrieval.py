@@ -19,7 +19,7 @@ from pmnet.eval.mechanism import mechanism
 from pmnet.eval.retrieval import answers, measure, wilson
 from pmnet.eval.suite import grid, measure_cell
 from pmnet.model.remote import export_code
-from pmnet.train.ladders import LADDERS
+from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import build_optimizers, train
 from pmnet.train.recipes import RECIPES
 from tests.conftest import random_ids, run_cli, small_model
@@ -121,7 +121,7 @@ def test_the_inspector_leaves_the_model_as_it_was():
 def trained(folder):
     plan = replace(RECIPES["copy-paste"]["demo"](), steps=2, batch_size=2)
     plan.model.task_specific_params = {"copy-paste": {"size": 8}}
-    train(plan, LADDERS["copy-paste"](plan), folder)
+    train(plan, build_ladder("copy-paste", plan), folder)
     return folder / "model"
 
 

@@ -22,7 +22,7 @@ from pmnet.data.streams import ContiguousWindows
 from pmnet.model import PMNetForCausalLM
 from pmnet.train import checkpoint, loop, progress
 from pmnet.train.checkpoint import latest_checkpoint
-from pmnet.train.ladders import LADDERS
+from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped, train
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask
@@ -115,7 +115,7 @@ def test_twenty_signals_at_random_moments_change_no_bit(tmp_path, monkeypatch):
     chance, countdown, moments = random.Random(0), [0], ["batch", "loss", "observe"]
 
     def task():
-        ladder = LADDERS["copy-paste"](plan)
+        ladder = build_ladder("copy-paste", plan)
         ladder.advance = 0.05
         return ladder
 

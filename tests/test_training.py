@@ -16,7 +16,7 @@ from pmnet.data.streams import ContiguousWindows
 from pmnet.memory import MemoryRead
 from pmnet.train import loop
 from pmnet.train.checkpoint import exclusive, latest_checkpoint, starting_point
-from pmnet.train.ladders import LADDERS
+from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import TrainingStopped, loss_of, train
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask
@@ -66,7 +66,7 @@ def test_resume_equals_uninterrupted(kind, text, tmp_path, monkeypatch):
     def source():
         if kind == "lm":
             return task(text, plan)
-        ladder = LADDERS["copy-paste"](plan)
+        ladder = build_ladder("copy-paste", plan)
         ladder.advance = -1.0
         return ladder
 
@@ -194,7 +194,7 @@ def test_a_failing_disk_loses_nothing(text, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["lm", "copy-paste"])
 def test_the_training_step_compiles_without_graph_breaks(name, text):
     plan = next(iter(RECIPES[name].values()))()
-    source = task(text, replace(plan, length=40)) if name == "lm" else LADDERS[name](plan)
+    source = task(text, replace(plan, length=40)) if name == "lm" else build_ladder(name, plan)
     model = small_model("deep").train()
     compiled = torch.compile(loss_of, fullgraph=True, backend="aot_eager")
     batch = source.batch(0)

@@ -1,5 +1,6 @@
 """The `pmnet` command; its larger subcommands are in `cli_*.py`."""
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ def _plain_errors() -> Iterator[None]:
     except TrainingStopped as error:
         print(f"pmnet: {error}", file=sys.stderr)
         raise typer.Exit(130 if isinstance(error, TrainingInterrupted) else 1) from error
+    except BrokenPipeError:  # nobody reads any more: the command ends without a word
+        raise
     except (OSError, ValueError) as error:
         print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
@@ -54,6 +57,8 @@ def _plain_errors() -> Iterator[None]:
 @app.callback()
 def _quiet() -> None:
     """Phasor Memory Networks: train, measure and use language models with a writable memory."""
+    if sys.stdout is None:  # closed before the start
+        sys.stdout = open(os.devnull, "w")
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 

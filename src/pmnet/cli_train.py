@@ -16,7 +16,7 @@ from pmnet.data.streams import ContiguousWindows
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import exclusive, starting_point
-from pmnet.train.ladders import LADDERS
+from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import train
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask, Task
@@ -86,7 +86,7 @@ def train_command(
         if main:
             out.print(cost_line(recipe, processes), highlight=False)
     else:
-        source = LADDERS[task](recipe, processes)
+        source = build_ladder(task, recipe, processes)
     facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
     facts |= {"recipe": recipe.facts(), "model": recipe.model.to_dict()}
     with exclusive(run) if main else nullcontext():

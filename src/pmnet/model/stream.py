@@ -50,6 +50,7 @@ def stream_bytes(
         if temperature == 0.0:
             step = scores.argmax(-1, keepdim=True)
         else:
+            scores -= scores.max()  # divided by however small a temperature, the best stays finite
             step = torch.multinomial(warpers(step, scores).softmax(-1), 1)
         yield bytes([int(step)])
     model(step, past_key_values=cache)

@@ -6,8 +6,10 @@ from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall,
 from pmnet.train.ladder import Ladder, Part
 from pmnet.train.recipes import Recipe
 
+Curriculum = tuple[list[Problem], list[Part]]  # stages from easy to hard, and what the last one is made of
 
-def copy_paste(recipe: Recipe, processes: int = 1) -> Ladder:
+
+def copy_paste(recipe: Recipe) -> Curriculum:
     """Strings of up to `recipe.size` bytes behind all kinds of filler.
 
     Gaps are always beyond `recipe.gap`: a target that attention can see is relayed through attention, and the memory
@@ -32,49 +34,54 @@ def copy_paste(recipe: Recipe, processes: int = 1) -> Ladder:
             Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * 5 / 8),
         )
     ]
-    return _ladder(recipe, processes, [*alphabets, *letters, *lengths], mixture)
+    return [*alphabets, *letters, *lengths], mixture
 
 
-def selective_copy(recipe: Recipe, processes: int = 1) -> Ladder:
+def selective_copy(recipe: Recipe) -> Curriculum:
     """Up to `recipe.size` letters strewn over sixteen times as many columns; MAD's vocabulary of 16."""
     sizes = range(1, recipe.size + 1)
     stages: list[Problem] = [SelectiveCopy(k, 16 * k) for k in sizes]
-    return _ladder(recipe, processes, stages, [Part(SelectiveCopy(recipe.size, 16 * recipe.size))])
+    return stages, [Part(SelectiveCopy(recipe.size, 16 * recipe.size))]
 
 
-def recall(recipe: Recipe, processes: int = 1) -> Ladder:
+def recall(recipe: Recipe) -> Curriculum:
     """Up to `recipe.size` pairs in four to sixteen times as many symbols: Zoology's training mixture, begun smaller."""
     sizes = [2**n for n in range(recipe.size.bit_length()) if 2**n <= recipe.size]
     stages: list[Problem] = [Recall(min(256, 16 * pairs), pairs) for pairs in sizes]
-    return _ladder(recipe, processes, stages, [Part(problem) for problem in stages[2:]])
+    return stages, [Part(problem) for problem in stages[2:]]
 
 
-def lookup(recipe: Recipe, processes: int = 1) -> Ladder:
+def lookup(recipe: Recipe) -> Curriculum:
     """Strings of up to `recipe.size` bytes, suffix and prefix keys of three letters in turns."""
     sizes = [4, *range(6, recipe.size + 1, 4)]
     keys = ("prefix", "suffix")
     stages: list[Problem] = [Lookup((4, size), key=key) for size in sizes for key in keys]
-    return _ladder(recipe, processes, stages, [Part(Lookup((4, recipe.size), key=key)) for key in keys])
+    return stages, [Part(Lookup((4, recipe.size), key=key)) for key in keys]
 
 
-def needle(recipe: Recipe, processes: int = 1) -> Ladder:
+def needle(recipe: Recipe) -> Curriculum:
     """A number at any depth of real text of up to `recipe.size` bytes."""
     sizes = [length for length in (96, 128, 192, 256, 384, 512, 768, 1024) if length <= recipe.size]
     stages: list[Problem] = [Needle(length) for length in sizes]
-    return _ladder(recipe, processes, stages, [Part(Needle(size)) for size in sizes[-1:]])
+    return stages, [Part(Needle(size)) for size in sizes[-1:]]
 
 
-def _ladder(recipe: Recipe, processes: int, stages: list[Problem], mixture: list[Part]) -> Ladder:
-    """All stages are left by the middle of training at the latest."""
-    if not stages or not mixture:
-        raise ValueError(f"there is nothing to learn at size {recipe.size}: this task begins at a larger one")
-    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)
-
-
-LADDERS: dict[str, Callable[..., Ladder]] = {
+CURRICULA: dict[str, Callable[[Recipe], Curriculum]] = {
     "copy-paste": copy_paste,
     "selective-copy": selective_copy,
     "recall": recall,
     "lookup": lookup,
     "needle": needle,
 }
+
+
+def build_ladder(task: str, recipe: Recipe, processes: int = 1) -> Ladder:
+    """The ladder of `task`, read by `processes` in turns; all stages are left by the middle of training at the latest.
+
+    Raises:
+        ValueError: if `recipe.size` is smaller than the smallest problem of the task.
+    """
+    stages, mixture = CURRICULA[task](recipe)
+    if not stages or not mixture:
+        raise ValueError(f"there is nothing to learn at size {recipe.size}: this task begins at a larger one")
+    return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)
