@@ -58,7 +58,7 @@ def _plain_errors() -> Iterator[None]:
 def _quiet() -> None:
     """Phasor Memory Networks: train, measure and use language models with a writable memory."""
     if sys.stdout is None:  # closed before the start
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
 
