@@ -139,7 +139,7 @@ def best_rate(grid: Path, name: str) -> float:
 def final_bits(folder: Path) -> float:
     """Bits per byte over the last quarter of a training run."""
     rows = metrics(folder)
-    return fmean(row["loss"] for row in rows[-max(1, len(rows) // 4) :]) / math.log(2)
+    return fmean(row["loss"] for row in rows if row["step"] > 0.75 * rows[-1]["step"]) / math.log(2)
 
 
 @app.command()

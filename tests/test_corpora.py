@@ -32,6 +32,10 @@ def test_headers_and_footers_go_and_volumes_are_told_apart():
     modern = f"{MODERN}\nThe book.\n\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\nlicence again\n"
     assert books(modern) == ["The book.\n"]
     assert books("") == []
+    unmarked = "The Project Gutenberg EBook of X\n\nChapter I\n"
+    assert books(unmarked) == [unmarked]
+    footers = "End of the Project Gutenberg EBook of X\nby Y\n*** END OF THIS PROJECT GUTENBERG EBOOK X ***\n"
+    assert books(f"{MODERN}A\n{footers}") == ["A\n"]
 
 
 def test_splits_depend_on_the_name_alone():

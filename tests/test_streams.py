@@ -146,16 +146,18 @@ def test_a_restarted_row_has_forgotten(name):
     assert not torch.allclose(mixed[0], fresh[0], atol=1e-2)
 
 
+@pytest.mark.parametrize(("read", "half"), [(50, False), (3, False), (50, True)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_saved_state_continues_to_the_bit(name):
+def test_a_saved_state_continues_to_the_bit(name, read, half):
     model, ids = build(name), random_ids(2, 80)
     carry, other = Carry(model, 2), Carry(model, 2)
     assert carry.state() == {}
-    with torch.no_grad():
-        carry.read(ids[:, :50])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        carry.read(ids[:, :read])
         saved = {key: tensor.clone() for key, tensor in carry.state().items()}
-        other.restore(saved)
-        assert torch.equal(carry.read(ids[:, 50:]), other.read(ids[:, 50:]))
+        with torch.autocast("cpu", enabled=False):
+            other.restore(saved)
+        assert torch.equal(carry.read(ids[:, read:]), other.read(ids[:, read:]))
     with pytest.raises(ValueError, match="another model's"):
         Carry(model, 3).restore(saved)
 

@@ -102,22 +102,30 @@ class Carry:
         self.reset()
         if not state:
             return
-        window = int(getattr(self.model.config, "sliding_window", 1))
-        with torch.no_grad():  # the library makes its tensors when they are first used
-            self.read(torch.zeros(self.rows, window, dtype=torch.int64, device=self.model.device))
         if "columns" not in state:
             raise ValueError("the saved state is damaged: it lacks columns")
+        with torch.no_grad():  # the library makes its layers when they are first used
+            self.read(torch.zeros(self.rows, 1, dtype=torch.int64, device=self.model.device))
         self.columns = int(state["columns"][0])
-        for index, tensor in enumerate(self._tensors()):
-            saved = state.get(str(index))
-            if saved is None or saved.shape != tensor.shape:
+        saved = [state.get(str(index)) for index in range(len(self._tensors()))]
+        for index, (tensor, new) in enumerate(zip(self._tensors(), saved, strict=True)):
+            grows = 2 if self.model.config.model_type == "mistral" else None  # keys: as many as have been read
+            if new is None or _but(new.shape, grows) != _but(tensor.shape, grows):
                 raise ValueError(f"the saved state is another model's: tensor {index} does not fit")
-            tensor.copy_(saved)
+        self._put([new.to(self.model.device, copy=True) for new in saved if new is not None])
+
+    def _put(self, tensors: list[Tensor]) -> None:
+        """Make `tensors`, in the order of `_tensors`, the state, each in its own dtype."""
         if isinstance(self.cache, PMNetCache):
+            for mine, new in zip(self.cache.tensors(), tensors, strict=True):
+                mine.copy_(new)
             self.cache.columns = self.columns
-        elif self.model.config.model_type == "mistral":
-            for layer in self.cache.layers:
-                layer.cumulative_length = self.columns
+            return
+        for layer, first, second in zip(self.cache.layers, tensors[::2], tensors[1::2], strict=True):
+            if self.model.config.model_type == "mamba2":
+                layer.conv_states[0], layer.recurrent_states[0] = first, second
+            else:
+                layer.keys, layer.values, layer.cumulative_length = first, second, self.columns
 
     def _tensors(self) -> list[Tensor]:
         if isinstance(self.cache, PMNetCache):
@@ -132,3 +140,7 @@ class Carry:
 def carries(config: PreTrainedConfig) -> bool:
     """Whether such a model has a state of constant size that can be continued with a window of any length."""
     return isinstance(config, PMNetConfig) or config.model_type in CARRIED
+
+
+def _but(shape: torch.Size, dimension: int | None) -> list[int]:
+    return [size for index, size in enumerate(shape) if index != dimension]

@@ -9,7 +9,6 @@ _HEADER_END = re.compile(
 _FOOTER = re.compile(
     r"^.*(?:\*{3} ?END OF TH\w+ PROJECT GUTENBERG|End of (?:the |this )?Project Gutenberg).*$", re.I | re.M
 )
-_HEADER_START = re.compile(r"^.*The Project Gutenberg e-?(?:text|book) of.*$", re.I | re.M)
 
 
 def to_text(data: bytes) -> str:
@@ -26,15 +25,11 @@ def books(text: str) -> list[str]:
 
     A file may hold several volumes, each with its own. Text without such marks is one book, as it is.
     """
-    found = []
-    while True:
-        header = _HEADER_END.search(text)
-        footer = _FOOTER.search(text, header.end() if header else 0)
-        if header is None and footer is None:
-            break
-        found.append(text[header.end() if header else 0 : footer.start() if footer else None])
-        text = text[footer.end() :] if footer else ""
-    rest = _HEADER_START.split(text)[0]
-    if not found:
-        found = [rest]
+    found: list[str] = []
+    place = 0
+    while (header := _HEADER_END.search(text, place)) or not found:  # what follows the last footer is licence
+        start = header.end() if header else 0
+        footer = _FOOTER.search(text, start)
+        found.append(text[start : footer.start() if footer else None])
+        place = footer.end() if footer else len(text)
     return [book.strip("\n") + "\n" for book in found if book.strip()]

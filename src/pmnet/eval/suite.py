@@ -49,7 +49,7 @@ class Task:
 
 
 def _copy_paste(size: int, variant: str, distance: float, text: Filler) -> Problem:
-    gap = round(distance)
+    gap = int(distance)
     return CopyPaste((size, size), (gap, gap), (text if variant == "text" else Filler(variant),))
 
 
@@ -100,6 +100,8 @@ def grid(
             if task == "recall" and variant == "1" and size > 255:
                 continue
             for distance in sorted({_distance(part, reach) for part in distances or plan.distances}):
+                if task == "copy-paste" and distance != round(distance):
+                    raise ValueError(f"filler is of whole bytes, not {distance}")
                 cells.append(Cell(plan.build(size, variant, distance, filler), size, variant, distance))
     if not cells:
         raise ValueError("recall with one-byte symbols has at most 255 pairs")

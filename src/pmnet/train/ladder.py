@@ -31,7 +31,7 @@ class Part:
 
 
 class Ladder:
-    """A `Task` that climbs: batches come from the present stage, three times in ten from an earlier one.
+    """A `Task` that climbs: seven batches in ten come from the present stage, three from any up to it.
 
     Args:
         stages: problems from easy to hard.

@@ -46,8 +46,8 @@ def selective_copy(recipe: Recipe) -> Curriculum:
 
 def recall(recipe: Recipe) -> Curriculum:
     """Up to `recipe.size` pairs in four to sixteen times as many symbols: Zoology's training mixture, begun smaller."""
-    sizes = [2**n for n in range(recipe.size.bit_length()) if 2**n <= recipe.size]
-    stages: list[Problem] = [Recall(min(256, 16 * pairs), pairs) for pairs in sizes]
+    sizes = [*(2**n for n in range(recipe.size.bit_length()) if 2**n < recipe.size), recipe.size]
+    stages: list[Problem] = [Recall(max(min(256, 16 * pairs), 4 * pairs), pairs) for pairs in sizes]
     return stages, [Part(problem) for problem in stages[2:]]
 
 
@@ -61,7 +61,8 @@ def lookup(recipe: Recipe) -> Curriculum:
 
 def needle(recipe: Recipe) -> Curriculum:
     """A number at any depth of real text of up to `recipe.size` bytes."""
-    sizes = [length for length in (96, 128, 192, 256, 384, 512, 768, 1024) if length <= recipe.size]
+    lengths = (length << n for n in range(5, recipe.size.bit_length()) for length in (3, 4))
+    sizes = [*(length for length in lengths if length < recipe.size), recipe.size]
     stages: list[Problem] = [Needle(length) for length in sizes]
     return stages, [Part(Needle(size)) for size in sizes[-1:]]
 
