@@ -134,6 +134,10 @@ class PMNetCache(Cache):
                 raise ValueError(
                     f"this state does not fit the model: {name} should be {list(expected)}, got {list(tensor.shape)}"
                 )
+        for kind, integers in ((torch.int32, self.memory), (torch.int64, [getattr(self, name) for name in _COUNTERS])):
+            for tensor in integers:
+                if tensor.dtype != kind:
+                    raise ValueError(f"a state has int32 turns and int64 counters, not {tensor.dtype}")
         if (len(self.memory), len(self)) != (levels, layers):
             raise ValueError(
                 f"this state does not fit the model: it has {len(self.memory)} levels and {len(self)} layers, "

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.generation import GenerationConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -18,6 +17,7 @@ from .pmnet_memory import Visit, empty_memory
 from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
 from .pmnet_model_chunk import read_chunk
+from .pmnet_model_generation import PMNetGenerationMixin
 from .pmnet_model_step import try_step
 from .pmnet_ops import Int8Linear, Linear, RMSNorm, rotary_table
 
@@ -187,7 +187,7 @@ class PMNetModel(PMNetPreTrainedModel):
         )
 
 
-class PMNetForCausalLM(PMNetPreTrainedModel, GenerationMixin):
+class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
     """PMNet with the output head tied to the byte embedding; a causal language model for `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -239,6 +239,7 @@ class PMNetForCausalLM(PMNetPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             document_ids=document_ids,
             output_hidden_states=output_hidden_states,
+            return_dict=True,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -255,23 +256,12 @@ class PMNetForCausalLM(PMNetPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
         )
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        """`generate` must not build a growing key/value cache."""
-        return False
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Hook of `generate`: start from a PMNetCache unless the user brought one or switched caching off."""
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = PMNetCache(self.config, rows, self.device, self.dtype)
+    def _get_resized_lm_head(self, *arguments: Any, **kwargs: Any) -> nn.Linear:
+        """Hook of `resize_token_embeddings`, which would put a `torch.nn.Linear` there."""
+        new = super()._get_resized_lm_head(*arguments, **kwargs)
+        head = Linear(new.in_features, new.out_features, bias=False, device="meta")
+        head.weight = new.weight
+        return head
 
 
 def _check_ids(ids: Tensor, vocab_size: int) -> None:

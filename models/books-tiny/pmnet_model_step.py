@@ -22,6 +22,7 @@ from .pmnet_model_attention import SlidingWindowAttention
 from .pmnet_model_block import PMNetBlock, SwiGLU
 from .pmnet_model_cache import PMNetCache, Ring
 from .pmnet_ops import Int8Linear, Linear, RMSNorm, native
+from .pmnet_ops_backend import direct
 from .pmnet_ops_linear import library_sums_in_order, plain
 from .pmnet_ops_native import library
 from .pmnet_ops_phase import MOST_SLOTS
@@ -91,6 +92,8 @@ def try_step(
     if position_ids is not None:
         cache.next_position = position_ids.expand(hidden.shape[0], 1).flatten().long().clone()
     cache.memory = [memory.contiguous() for memory in cache.memory]
+    cache.seen, cache.in_document = cache.seen.contiguous(), cache.in_document.contiguous()
+    cache.next_position = cache.next_position.contiguous()
     for table, memory in zip(tables, cache.memory, strict=True):
         per_level.extend((table, memory.data_ptr(), memory.shape[1]))
     out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden.shape[0], ring.offset)
@@ -111,7 +114,7 @@ def _applies(
     position_ids: Tensor | None,
     cache: PMNetCache,
 ) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not native(hidden) or not library_sums_in_order():
+    if not direct(hidden) or not native(hidden) or not library_sums_in_order():
         return False
     if config._attn_implementation not in ("eager", "sdpa") or config.num_memory > MOST_SLOTS:
         return False

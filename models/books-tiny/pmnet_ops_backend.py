@@ -44,14 +44,22 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def native(*tensors: Tensor) -> bool:
+def native(*tensors: Tensor | None) -> bool:
     """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32."""
     return (
-        all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+        all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
         and _forced in ("auto", "native")
         and not torch.is_autocast_enabled("cpu")
         and _native_available()
     )
+
+
+def direct(x: Tensor) -> bool:
+    """Whether a kernel may be called outside of an operator: nothing differentiates, traces or transforms `x`."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return False
+    watched = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
+    return not watched and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def triton(x: Tensor) -> bool:

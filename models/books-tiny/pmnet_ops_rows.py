@@ -20,7 +20,8 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`, in the dtype of the weight."""
         x = x.to(self.weight.dtype)
-        return _rms_norm(x, self.weight, self.eps or 0.0) if native(x) else super().forward(x)
+        fits = native(x, self.weight) and x.shape[-1:] == self.weight.shape
+        return _rms_norm(x, self.weight, self.eps or 0.0) if fits else super().forward(x)
 
 
 def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
@@ -34,7 +35,7 @@ def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         `[B, T, H, E]`.
     """
-    if native(x, norm.weight):
+    if native(x, norm.weight, cos, sin) and x.shape[-1:] == norm.weight.shape:
         return _norm_rotate(x, norm.weight, cos, sin, norm.eps or 0.0)
     x = norm(x)
     first, second = x.chunk(2, dim=-1)
@@ -65,7 +66,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     silu is spelled with tanh: torch's own differs in the last bit at the end of a vectorised run, and so would depend
     on how the stream is cut into chunks.
     """
-    if native(gate, up):
+    if native(gate, up) and gate.shape == up.shape:
         return _silu_product(gate, up)
     wide = gate if gate.dtype == torch.float64 else gate.float()
     return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up
@@ -73,7 +74,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
     kernels().rms_norm(*pointers(x, weight, out), x.numel() // width, width, eps)
@@ -82,7 +83,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    x, upstream = x.contiguous(), upstream.contiguous()
+    x, weight, upstream = x.contiguous(), weight.contiguous(), upstream.contiguous()
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-rows // _BLOCK), width)
     kernels().rms_norm_backward(*pointers(x, weight, upstream, grad, parts), rows, width, _BLOCK, eps)
@@ -91,7 +92,7 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::norm_rotate", mutates_args=())
 def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    x, weight, cos, sin = (tensor.contiguous() for tensor in (x, weight, cos, sin))
     out = torch.empty_like(x)
     positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
     sizes = positions, cos.numel() // width, heads, width
@@ -103,7 +104,7 @@ def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
 def _norm_rotate_backward(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, upstream: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x, cos, sin, upstream = x.contiguous(), cos.contiguous(), sin.contiguous(), upstream.contiguous()
+    x, weight, cos, sin, upstream = (tensor.contiguous() for tensor in (x, weight, cos, sin, upstream))
     positions, heads, width = x.shape[0] * x.shape[1], *x.shape[2:]
     grad, parts = torch.empty_like(x), x.new_zeros(-(-positions // _BLOCK), width)
     sizes = positions, cos.numel() // width, heads, width

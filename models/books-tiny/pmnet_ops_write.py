@@ -58,6 +58,9 @@ def phase_write(
             "phase_write: expected weights [B, T, N], raw [B, T, M], groups [B, T], memory [B, G, N, M], got "
             f"{tuple(weights.shape)}, {tuple(raw.shape)}, {tuple(groups.shape)}, {tuple(memory.shape)}"
         )
+    for name, ids in (("documents", documents), ("valid", valid)):
+        if ids is not None and (ids.shape != groups.shape or (name == "valid" and ids.dtype != torch.bool)):
+            raise ValueError(f"phase_write: {name} must be [B, T], valid of bools, got {tuple(ids.shape)} {ids.dtype}")
     if memory.dtype != torch.int32:
         raise ValueError(f"phase_write: memory must be int32 turns, got {memory.dtype}")
     groups, documents = groups.long(), None if documents is None else documents.long()

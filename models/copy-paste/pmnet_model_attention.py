@@ -51,10 +51,13 @@ class SlidingWindowAttention(nn.Module):
         Returns:
             `[B, T, D]`, and the keys and values that the next chunk needs.
         """
-        shape = (*hidden.shape[:2], -1, self.config.head_dim)
-        value = self.v_proj(hidden).view(shape)
-        query = norm_rotate(self.q_proj(hidden).view(shape), self.q_norm, *rotary).to(value.dtype)
-        key = norm_rotate(self.k_proj(hidden).view(shape), self.k_norm, *rotary).to(value.dtype)
+        heads, kv_heads = (
+            (*hidden.shape[:2], count, self.config.head_dim)
+            for count in (self.config.num_attention_heads, self.config.num_key_value_heads)
+        )
+        value = self.v_proj(hidden).view(kv_heads)
+        query = norm_rotate(self.q_proj(hidden).view(heads), self.q_norm, *rotary).to(value.dtype)
+        key = norm_rotate(self.k_proj(hidden).view(kv_heads), self.k_norm, *rotary).to(value.dtype)
 
         if past is None:
             empty = value.new_zeros(value.shape[0], window.width - 1, *value.shape[2:])

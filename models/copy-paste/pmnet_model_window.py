@@ -10,7 +10,8 @@ Shapes: B, T new positions, W window, S blocks, J = BLOCK + W - 1 keys of a bloc
 The *buffer* of keys holds the `W - 1` positions before the chunk, then the T new ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ class Blocks:
     query_index: Tensor | None = None  # [B, S * BLOCK] chunk position of every query slot
     slot_index: Tensor | None = None  # [B, T] query slot of every chunk position
     key_index: Tensor | None = None  # [B, S * J] buffer place of every key slot
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Blocks":
+        """The same on another device."""
+        return _moved(self, device, non_blocking)
 
     def queries(self, x: Tensor) -> Tensor:
         """`[B, T, H, E]` to `[B * S, H, BLOCK, E]`."""
@@ -66,9 +71,18 @@ class Window:
     tail_index: Tensor | None  # [B, W - 1] buffer places the next chunk needs; None: the last ones
     blocks: Blocks | None  # None for native attention
 
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Window":
+        """The same on another device: what `accelerate` asks for where layers are spread over devices."""
+        return _moved(self, device, non_blocking)
+
     def tail(self, buffer: Tensor) -> Tensor:
         """The `W - 1` places of the buffer that the next chunk can still see, `[B, W - 1, H, E]`."""
         return buffer[:, self.length :] if self.tail_index is None else take_rows(buffer, self.tail_index)
+
+
+def _moved(plan: Any, device: torch.device, non_blocking: bool) -> Any:
+    tensors = {name: part for name, part in vars(plan).items() if isinstance(part, Tensor | Blocks)}
+    return replace(plan, **{name: part.to(device, non_blocking=non_blocking) for name, part in tensors.items()})
 
 
 def plan_window(

@@ -4,12 +4,13 @@ Every output has its own scale; a product is that of the float32 weights `scale 
 summation, so the forms of a quantised model agree with each other to the bit as those of any other model do.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .pmnet_ops_backend import native
+from .pmnet_ops_backend import direct, native
 from .pmnet_ops_linear import MIN_ROWS, Linear, library_sums_in_order, row_stable_linear
 from .pmnet_ops_native import kernels, pointers
 
@@ -38,6 +39,17 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach().float().clone())
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int8Linear":
+        """Move to a device.
+
+        Raises:
+            ValueError: for a cast; the kernels read scales and biases as float32.
+        """
+        if fn(self.scale).dtype != torch.float32:
+            raise ValueError("8-bit weights cannot be cast: cast the model before quantize_int8")
+        super()._apply(fn, recurse)
+        return self
+
     @property
     def weight(self) -> Tensor:
         """The weight that is computed with, float32 `[O, K]`."""
@@ -46,11 +58,11 @@ class Int8Linear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., O]`."""
-        rows = input.reshape(-1, self.in_features)
         bias: Any = self.bias
-        if rows.shape[0] >= MIN_ROWS or not native(rows) or not library_sums_in_order():
+        few = input.shape[:-1].numel() < MIN_ROWS and input.shape[-1] == self.in_features
+        if not (few and direct(input) and native(input) and library_sums_in_order()):
             return row_stable_linear(input, self.weight, bias)
-        rows = rows.contiguous()
+        rows = input.reshape(-1, self.in_features).contiguous()
         out = rows.new_empty(rows.shape[0], self.out_features)
         kernels().linear_few_rows(*pointers(rows, self.panels, self.scale, bias, out), *rows.shape, self.out_features)
         return out.view(*input.shape[:-1], self.out_features)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pmnet_ops_backend import native
+from .pmnet_ops_backend import direct, native
 from .pmnet_ops_native import kernels, pointers
 
 MIN_ROWS = 16
@@ -33,15 +33,18 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
     Returns:
         `[..., O]`. In half precision and on other devices this is `torch.nn.functional.linear`.
+
+    Raises:
+        ValueError: if the input is not K wide.
     """
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"a linear map of {weight.shape[1]} inputs got {tuple(x.shape)}")
     x = x.to(weight.dtype)
     if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        out = _linear(rows, weight, bias)
-    else:
-        out = products(rows, weight, bias)  # an operator of our own costs more than a product of one row
+    # an operator of our own costs more than a product of one row
+    out = products(rows, weight, bias) if direct(x) else _linear(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -57,7 +60,7 @@ def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
         found = products(F.pad(rows, (0, depth)), *wider)[:, : weight.shape[0]]
         return found.contiguous() if out is None else out.copy_(found)
     if count < MIN_ROWS:
-        if native(rows) and library_sums_in_order():
+        if native(rows, weight, bias) and library_sums_in_order():
             found = _few_rows(rows, weight, bias)
         else:
             found = products(F.pad(rows, (0, 0, 0, MIN_ROWS - count)), weight, bias)[:count]
@@ -82,7 +85,7 @@ def depth_of(inputs: int) -> int:
 
 
 def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows, weight = rows.contiguous(), weight.contiguous()
+    rows, weight, bias = rows.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     out = rows.new_empty(rows.shape[0], weight.shape[0])
     kernels().linear_few_rows(*pointers(rows, weight, None, bias, out), *rows.shape, weight.shape[0])
     return out

@@ -56,22 +56,24 @@ def library() -> ctypes.CDLL | None:
     sources = sorted(folder.glob("*.cpp"))
     if not sources:  # code exported with a model goes without them
         return None
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
         key = hashlib.sha256(text + version + " ".join(FLAGS).encode() + processor_flags()).hexdigest()[:24]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmnet"
         target = cache / f"kernels-{key}.so"
-        if not target.exists():
+        try:
+            loaded = ctypes.CDLL(str(target))
+        except OSError:  # not there, or cut off by a full disk
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:
                 built = Path(scratch) / "kernels.so"
                 command = [*compiler, *FLAGS, *map(str, sources), "-o", str(built)]
                 subprocess.run(command, capture_output=True, check=True, text=True)
                 os.replace(built, target)
-        loaded = ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
+            loaded = ctypes.CDLL(str(target))
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # also: no home, a bad CXX
         reason = getattr(error, "stderr", None) or error
         logging.getLogger("pmnet").warning("CPU kernels are off, plain PyTorch is used instead: %s", reason)
         return None

@@ -36,7 +36,8 @@ def address(query: Tensor, keys: Tensor) -> Tensor:
     Returns:
         Weights that sum to 1 over the slots, `[B, T, N, R]`.
     """
-    if backend.native(query, keys) and keys.shape[2] <= MOST_SLOTS:
+    alike = keys.shape[:2] + keys.shape[3:] == query.shape
+    if backend.native(query, keys) and alike and keys.shape[2] <= MOST_SLOTS:
         return _address(query, keys)
     difference = to_angle(query).unsqueeze(2) - to_angle(keys)
     return (torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=2)
@@ -53,7 +54,8 @@ def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     Returns:
         `[B, T, N, 2M]`, never half precision.
     """
-    if backend.native(anchors, anchors if field is None else field):
+    whole = field is None or field.shape == groups.shape + anchors.shape[1:]
+    if backend.native(anchors, field) and whole and groups.dtype == torch.int64:
         return _geometry(field, anchors, groups)
     table = anchors.flatten(1)
     rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
@@ -75,10 +77,20 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
 
     Returns:
         `[B, T, R * M]`.
+
+    Raises:
+        ValueError: if shapes do not agree.
     """
-    if backend.native(query, geometry, weight) and geometry.shape[2] <= MOST_SLOTS:
+    heads, outputs = query.shape[2:], 2 * query.shape[2:].numel()
+    if geometry.shape[:2] != query.shape[:2] or weight.shape != (outputs, geometry.shape[-1]) or len(bias) != outputs:
+        raise ValueError(
+            "read_slots: expected query [B, T, R, M], geometry [B, T, N, 2M], weight [2RM, 2M], bias [2RM], got "
+            f"{tuple(query.shape)}, {tuple(geometry.shape)}, {tuple(weight.shape)}, {tuple(bias.shape)}"
+        )
+    if geometry.dtype.itemsize < 4:  # cast on the way by a wrapper: angles are never computed in half precision
+        geometry = geometry.float()
+    if backend.native(query, geometry, weight, bias) and geometry.shape[2] <= MOST_SLOTS:
         return _read_slots(query, geometry, weight, bias)[0]
-    heads = query.shape[2:]
     key_weight, value_weight = weight.chunk(2)
     key_bias, value_bias = bias.chunk(2)
     if backend.triton(query) and geometry.dtype == torch.float32:
@@ -137,7 +149,7 @@ def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -
     """The result, and the weights of the slots for the gradient. Keys and mixed slots stay in the cache."""
     batch, length, heads, size = query.shape
     slots, width = geometry.shape[2:]
-    query, geometry = query.contiguous(), geometry.contiguous()
+    query, geometry, bias = query.contiguous(), geometry.contiguous(), bias.contiguous()
     weights, values = query.new_empty(batch, length, slots, heads), query.new_empty(batch, length, heads * size)
     for keys, mixed, q, g, a, v in _in_blocks(query, geometry, weights, values):
         count = q.shape[0]
@@ -156,7 +168,7 @@ def _read_slots_backward(
     """Keys and mixed slots are computed again, a block of positions at a time, instead of being kept."""
     heads, size = query.shape[2:]
     slots, width = geometry.shape[2:]
-    query, geometry, upstream = query.contiguous(), geometry.contiguous(), upstream.contiguous()
+    query, geometry, bias, upstream = (tensor.contiguous() for tensor in (query, geometry, bias, upstream))
     grads = torch.empty_like(query), torch.empty_like(geometry)
     grad_weight, grad_bias, wide = torch.zeros_like(weight), torch.zeros_like(bias), heads * size
     for keys, mixed, q, g, a, up, grad_query, grad_geometry in _in_blocks(query, geometry, weights, upstream, *grads):

@@ -56,8 +56,8 @@ def library() -> ctypes.CDLL | None:
     sources = sorted(folder.glob("*.cpp"))
     if not sources:  # code exported with a model goes without them
         return None
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     try:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
         key = hashlib.sha256(text + version + " ".join(FLAGS).encode() + processor_flags()).hexdigest()[:24]
@@ -73,7 +73,7 @@ def library() -> ctypes.CDLL | None:
                 subprocess.run(command, capture_output=True, check=True, text=True)
                 os.replace(built, target)
             loaded = ctypes.CDLL(str(target))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # also: no home, a bad CXX
         reason = getattr(error, "stderr", None) or error
         logging.getLogger("pmnet").warning("CPU kernels are off, plain PyTorch is used instead: %s", reason)
         return None

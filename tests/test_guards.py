@@ -1,0 +1,144 @@
+"""Kernels take addresses, so tensors of another type, shape or layout have to be met before."""
+
+import pytest
+import torch
+from accelerate.utils import send_to_device
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import pmnet
+from pmnet.model.window import plan_window
+from pmnet.ops import Linear, RMSNorm, phase_write, silu_product, use_backend
+from tests.conftest import random_ids, small_model
+
+
+def strided(x):
+    """The same values, every second number in memory."""
+    return nn.Parameter(torch.stack([x.detach(), x.detach()], dim=-1)[..., 0], requires_grad=False)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("width", [32, 128])
+def test_a_linear_map_refuses_another_width(rows, width):
+    for layer in (Linear(64, 32), pmnet.ops.Int8Linear(Linear(64, 32))):
+        with pytest.raises(ValueError, match="64 inputs"), torch.no_grad():
+            layer(torch.randn(rows, width))
+
+
+def test_row_operators_do_what_torch_does_with_other_shapes():
+    with pytest.raises(RuntimeError):
+        RMSNorm(64)(torch.randn(2, 128))
+    gate, up = torch.randn(4, 64), torch.randn(1, 64)
+    torch.testing.assert_close(silu_product(gate, up), nn.functional.silu(gate) * up)
+    layer = Linear(64, 32)
+    layer.bias = nn.Parameter(layer.bias.bfloat16())
+    with pytest.raises(RuntimeError), torch.no_grad():
+        layer(torch.randn(2, 64))
+
+
+def test_a_write_refuses_masks_and_documents_of_another_kind():
+    weights, raw, groups = torch.full((2, 5, 4), 0.25), torch.randn(2, 5, 3), torch.zeros(2, 5, dtype=torch.int64)
+    memory = torch.zeros(2, 1, 4, 3, dtype=torch.int32)
+    for extra in ({"valid": torch.ones(2, 5, dtype=torch.int64)}, {"documents": torch.zeros(1, 5, dtype=torch.int64)}):
+        with pytest.raises(ValueError, match=next(iter(extra))):
+            phase_write(weights, raw, groups, memory, **extra)
+
+
+@torch.no_grad()
+def test_weights_may_lie_apart_in_memory():
+    model, ids = small_model("period"), random_ids(2, 20)
+    expected = model(ids).logits
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 1:
+                setattr(module, name, strided(parameter))
+    for part in (slice(None), slice(0, 3)):
+        assert torch.equal(model(ids[:, part]).logits, expected[:, part])
+
+
+@torch.no_grad()
+def test_embeddings_in_double_precision_are_read_as_such():
+    model, ids = small_model("period"), random_ids(2, 20)
+    found = model(inputs_embeds=model.model.embed_tokens(ids).double()).logits
+    torch.testing.assert_close(found.float(), model(ids).logits, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_a_state_shared_between_rows_is_copied_before_a_step():
+    model, ids, step = small_model("period"), random_ids(1, 20), random_ids(4, 1)
+    cache = pmnet.PMNetCache(model.config)
+    model(ids, past_key_values=cache)
+    shared = [tensor.expand(4, *tensor.shape[1:]) for tensor in cache.tensors()]
+    shared = pmnet.PMNetCache.from_tensors(model.config, shared, columns=20)
+    cache.batch_repeat_interleave(4)
+    for _ in range(2):
+        found, expected = (model(step, past_key_values=state).logits for state in (shared, cache))
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["memory", "seen"])
+def test_a_state_of_other_integers_is_refused(name):
+    model = small_model("period")
+    cache = pmnet.PMNetCache(model.config)
+    if name == "memory":
+        cache.memory = [level.short() for level in cache.memory]
+    else:
+        cache.seen = cache.seen.int()
+    with pytest.raises(ValueError, match="int32 turns and int64 counters"), torch.no_grad():
+        model(random_ids(1, 1), past_key_values=cache)
+
+
+def test_eight_bit_weights_are_not_cast():
+    with pytest.raises(ValueError, match="before quantize_int8"):
+        pmnet.quantize_int8(small_model("period")).bfloat16()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, 8, 24])
+def test_tracers_see_operators_and_not_addresses(length):
+    model = small_model("period")
+    hidden = torch.randn(3, 1, length, model.config.hidden_size)
+    together = torch.vmap(lambda x: model(inputs_embeds=x, use_cache=False).logits)(hidden)
+    for one, found in zip(hidden, together, strict=True):
+        torch.testing.assert_close(found, model(inputs_embeds=one).logits)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        cache = pmnet.PMNetCache(model.config)
+        assert (
+            model(inputs_embeds=torch.zeros(1, length, hidden.shape[-1]), past_key_values=cache).logits.shape[1]
+            == length
+        )
+
+
+@torch.no_grad()
+def test_no_rows_are_no_error():
+    model = small_model("period")
+    assert model(random_ids(2, 7)[:0]).logits.shape == (0, 7, model.config.vocab_size)
+
+
+@torch.no_grad()
+def test_a_geometry_cast_on_the_way_is_read_in_float32():
+    model, ids = small_model("period").bfloat16(), random_ids(1, 12)
+    reader = model.model.layers[1].memory_read_module
+    hidden, geometry = torch.randn(1, 12, reader.norm.weight.numel()).bfloat16(), torch.randn(1, 12, 4, 2 * reader.size)
+    for backend in ("auto", "torch"):
+        with use_backend(backend):
+            assert torch.equal(reader(hidden, geometry.bfloat16()), reader(hidden, geometry.bfloat16().float()))
+    assert model(ids).logits.dtype == torch.bfloat16
+
+
+def test_a_plan_of_attention_moves_to_the_device_of_its_layer():
+    plan = plan_window(4, (1, 40), torch.device("cpu"), torch.zeros(1, dtype=torch.int64), None, None, None, True)
+    moved = send_to_device(plan, "meta")
+    tensors = [moved.span, moved.blocks.allowed, moved.blocks.query_index]
+    assert [tensor.device.type for tensor in tensors] == ["meta"] * 3
+    assert (moved.width, moved.length) == (4, 40)
+
+
+def test_a_larger_vocabulary_keeps_the_exact_head():
+    model = small_model("period", tie_word_embeddings=False)
+    model.resize_token_embeddings(400)
+    assert type(model.lm_head) is Linear
+    cache, ids = pmnet.PMNetCache(model.config), random_ids(1, 9)
+    with torch.no_grad():
+        steps = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(1, dim=1)], dim=1)
+        assert torch.equal(steps, model(ids).logits)
