@@ -60,7 +60,7 @@ def test_a_refused_resume_leaves_the_record_of_the_run(text, tmp_path):
     common = ["train", "--data", text, "--out", run, "--batch-size", 2, "--length", 16]
     assert run_cli(list(map(str, [*common, "--steps", 1])))[0] == 0
     before = (run / "config.json").read_bytes()
-    fails([*common, "--steps", 2, "--resume"], "another recipe")
+    fails([*common, "--steps", 2, "--resume"], "another recipe: steps (1 there, 2 here)")
     assert (run / "config.json").read_bytes() == before
 
 
@@ -123,7 +123,8 @@ def test_bad_grids_are_named(model):
     fails(["eval", "gradients", "training", "--lengths", "0"], "above 0")
     fails([*start, "--variants", "snow"], "unknown filler 'snow'")
     fails([*start, "--text", "/nowhere"], "no file at /nowhere")
-    fails([*start, "--sizes", "many"], "'many'")
+    fails([*start, "--sizes", "8,many"], "--sizes", "'8,many'")
+    fails([*start, "--distances", "2.5"], "whole bytes", "2.5")
     folder = model.parent / "lstm"
     LSTMForCausalLM(LSTMConfig(hidden_size=8)).save_pretrained(folder)
     fails(["eval", "retrieval", folder], "does not have")
@@ -134,8 +135,11 @@ def test_state_continues_in_another_process(model, tmp_path):
     start = ["generate", str(model), "--temperature", "0"]
     _, whole = run_cli([*start, "--prompt", "abc", "--bytes", "4"])
     state = str(tmp_path / "new" / "state.safetensors")
-    run_cli([*start, "--prompt", "a", "--bytes", "1", "--save-state", state])
+    (tmp_path / "prompt").write_bytes(b"a")
+    run_cli([*start, "--prompt-file", str(tmp_path / "prompt"), "--bytes", "1", "--save-state", state])
     assert whole
+    fails([*start, "--state", state], "prompt")
+    fails([*start, "--save-state", tmp_path], "is a folder")
     cache = pmnet.PMNetCache.load(state)
     assert cache.seen.tolist() == [3]  # BOS, the prompt, the byte that was written
 
@@ -153,8 +157,12 @@ def test_bad_data_is_named(model, tmp_path):
     fails([*pieces, "--no-carry"], "--piece", "--carry")
     fails([*pieces, "--length", "601"], "pieces of 600 bytes")
     fails(["train", "poetry"], "unknown task 'poetry'")
-    for task, size in (("needle", 50), ("recall", 3)):
+    for task, size in (("needle", 95), ("recall", 2)):
         fails(["train", task, "--size", size, "--out", tmp_path / "r"], f"at size {size}")
+    fails(["train", "copy-paste", "--data", empty, "--out", tmp_path / "r"], "--data is for lm")
+    for option in ("--phase-bits", "--window"):
+        fails(["train", "--model", "llama", option, "3", "--data", empty, "--out", tmp_path / "r"], option, "llama")
+    fails(["train", "--data", empty, "--learning-rate", "inf", "--out", tmp_path / "r"], "--learning-rate")
     fails(["train", "copy-paste", "--carry", "--out", tmp_path / "r"], "--carry", "copy-paste")
     fails(["train", "--size", "3", "--data", empty, "--out", tmp_path / "r"], "--size")
     fails(["train", "--precision", "fp16", "--data", empty, "--out", tmp_path / "r"], "fp16")

@@ -1,6 +1,7 @@
 """`generate()` and the streaming state: what a user does with them."""
 
 import itertools
+import math
 import subprocess
 import sys
 
@@ -216,3 +217,53 @@ def test_a_state_that_cannot_be_written_is_named_and_leaves_nothing(model, tmp_p
     with pytest.raises(OSError, match="folder"):
         pmnet.PMNetCache(model.config).save(tmp_path / "folder")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+def test_generate_says_what_a_state_has_read(model):
+    cache, ids = pmnet.PMNetCache(model.config), random_ids(1, 9)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for given in (ids[:, :4], ids):
+        with pytest.raises(ValueError, match="stream_bytes continues a state"):
+            model.generate(given, past_key_values=cache.clone(), max_new_tokens=2)
+
+
+def test_what_is_generated_belongs_to_the_last_document(model):
+    ids, documents = random_ids(2, 20), torch.tensor([[0] * 12 + [1] * 8]).repeat(2, 1)
+    plain = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    alone = model.generate(ids[:, 12:], **plain)
+    for use_cache in (True, False):
+        found = model.generate(ids, document_ids=documents, use_cache=use_cache, **plain)
+        for step, expected in zip(found.logits, alone.logits, strict=True):
+            torch.testing.assert_close(step, expected, atol=1e-5, rtol=0)
+    cache = pmnet.PMNetCache(model.config, 2)
+    with torch.no_grad():
+        model(ids, document_ids=documents, past_key_values=cache)
+    more = torch.cat([ids, random_ids(2, 3)], dim=1)
+    found = model.generate(more, past_key_values=cache, **plain)
+    expected = model.generate(more[:, 12:], **plain)
+    torch.testing.assert_close(found.logits[0], expected.logits[0], atol=1e-5, rtol=0)
+
+
+def test_a_long_prompt_is_read_in_chunks(model, monkeypatch):
+    lengths, original = [], type(model).forward
+
+    def counted(self, input_ids, *args, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return original(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counted)
+    cache, prompt = pmnet.PMNetCache(model.config), bytes(range(1, 251)) * 10
+    drawn = b"".join(stream_bytes(model, prompt, cache, 2, temperature=0.0))
+    assert lengths == [1024, 1024, 453, 1, 1]
+    expected = pmnet.PMNetCache(model.config)
+    with torch.no_grad():
+        model(torch.tensor([[257, *prompt, *drawn]]), past_key_values=expected)
+    assert_same_state(cache, expected)
+
+
+def test_scores_that_are_not_finite_are_named(model):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(math.inf)
+    with pytest.raises(ValueError, match="not finite"):
+        next(stream_bytes(model, b"a", pmnet.PMNetCache(model.config), 1))

@@ -81,3 +81,9 @@ def test_processes_climb_together_on_batches_of_their_own():
         assert ranks[0].state() == ranks[1].state()
     assert reviews > 10
     assert ranks[0].stage > 3
+
+
+def test_a_task_grows_to_the_size_that_was_asked_for():
+    for name, size, grown in (("needle", 700, "length"), ("needle", 2000, "length"), ("recall", 100, "pairs")):
+        ladder = build_ladder(name, replace(RECIPES[name]["demo"](), size=size))
+        assert getattr(ladder.mixture[-1].problem, grown) == size

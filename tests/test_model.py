@@ -57,6 +57,11 @@ def test_published_config_keys_load():
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"use_sliding_window": False}, "use_sliding_window"),
         ({"memory_size": 0}, "memory_size"),
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"sliding_window": 4.5}, "sliding_window"),
+        ({"memory_cumsum": "no"}, "memory_cumsum"),
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+        ({"initializer_range": -1}, "initializer_range"),
     ],
 )
 def test_impossible_configurations_are_named(change, word):

@@ -16,14 +16,17 @@ DEMO = 190_464
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+def test_the_python_examples_run(tmp_path, monkeypatch, capsys):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README, re.S))
     shutil.copytree(ROOT / "models", tmp_path / "models")
     shutil.copy(ROOT / "README.md", tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "state.safetensors").exists()
-    assert "PMNetCache(batch_size=1" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "PMNetCache(batch_size=1" in printed
+    assert "<pad>" not in printed
+    assert "train_runtime" in printed
 
 
 def test_every_command_exists():

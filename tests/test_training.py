@@ -1,6 +1,7 @@
 """Training: learns, resumes to the bit, stops with a sentence."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -111,7 +112,7 @@ def test_nan_stops_with_step_and_checkpoint(text, tmp_path, monkeypatch):
         return (loss * float("nan") if len(calls) == 4 else loss), correct
 
     monkeypatch.setattr(loop, "loss_of", poisoned)
-    with pytest.raises(TrainingStopped, match=r"step 4: .*'loss': nan.*step-3"):
+    with pytest.raises(TrainingStopped, match=r"^the loss of step 4 is nan.*step-3"):
         train(plan, task(text, plan), tmp_path / "run")
     monkeypatch.setattr(loop, "loss_of", original)
     train(plan, task(text, plan), tmp_path / "run", resume=True)
@@ -129,6 +130,21 @@ def test_a_damaged_checkpoint_is_named(text, tmp_path):
         train(plan, task(text, plan), tmp_path / "run")
     with pytest.raises(ValueError, match="nothing to resume"):
         train(plan, task(text, plan), tmp_path / "other", resume=True)
+
+
+def test_a_clip_of_zero_clips_nothing(text, tmp_path):
+    found = []
+    for clip in (0.0, 1e30):
+        plan = recipe(steps=3, clip=clip)
+        found.append(train(plan, task(text, plan), tmp_path / str(clip)).state_dict())
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_weights_that_are_not_finite_are_never_saved(text, tmp_path):
+    plan = recipe(steps=1, learning_rate=math.inf)
+    with pytest.raises(TrainingStopped, match="step 1 left weights that are not finite; last good checkpoint: none"):
+        train(plan, task(text, plan), tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
 
 
 def test_another_recipe_does_not_resume(text, tmp_path):

@@ -33,6 +33,22 @@ class PMNetGenerationMixin(GenerationMixin):
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: a state knows its own positions, which begin again with every document."""
 
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As every cache: `generate` takes all ids from the first one on and skips what the state has read.
+
+        Raises:
+            ValueError: if nothing is left then.
+        """
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"generate takes everything from the beginning, and this state has read all {input_ids.shape[1]} ids: "
+                "pmnet.stream_bytes continues a state with new bytes alone"
+            )
+        found: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
+        return found
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
     ) -> dict[str, Any]:

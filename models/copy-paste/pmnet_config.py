@@ -6,6 +6,7 @@ Symbols used throughout the package:
     G groups of one level (N**level).
 """
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -85,11 +86,18 @@ class PMNetConfig(PreTrainedConfig):
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
             "head_dim sliding_window memory_size num_memory_read_heads memory_write_period"
         )
-        for name in positive.split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"PMNetConfig: {name} must be at least 1, got {getattr(self, name)}")
-        if self.num_memory < 2:
-            raise ValueError(f"PMNetConfig: num_memory must be at least 2 (a group branches), got {self.num_memory}")
+        for name in [*positive.split(), "num_memory", "phase_bits"]:
+            value, least = getattr(self, name), 2 if name == "num_memory" else 1  # a group branches
+            if type(value) is not int or value < least:
+                raise ValueError(f"PMNetConfig: {name} must be a whole number, at least {least}, got {value!r}")
+        if type(self.memory_cumsum) is not bool:
+            raise ValueError(f"PMNetConfig: memory_cumsum must be true or false, got {self.memory_cumsum!r}")
+        for name in ("initializer_range", "initializer_gain", "anchor_initializer_range", "attention_dropout"):
+            value = getattr(self, name)
+            most = 1.0 if name == "attention_dropout" else math.inf
+            given = name != "initializer_gain" or value is not None
+            if given and not (type(value) in (int, float) and 0 <= value < most):
+                raise ValueError(f"PMNetConfig: {name} must be a number from 0 up (a dropout below 1), got {value!r}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"PMNetConfig: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -102,7 +110,7 @@ class PMNetConfig(PreTrainedConfig):
                 f"PMNetConfig: memory_write_period ({self.memory_write_period}) must divide "
                 f"num_hidden_layers ({self.num_hidden_layers})"
             )
-        if not 1 <= self.phase_bits <= 32:
+        if self.phase_bits > 32:
             raise ValueError(f"PMNetConfig: phase_bits must be between 1 and 32, got {self.phase_bits}")
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)

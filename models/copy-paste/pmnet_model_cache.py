@@ -27,6 +27,7 @@ class PMNetCache(Cache):
 
     Its size does not depend on how much has been read. Passing it to a model advances it in place; so may tensors taken
     from `memory` and the counters before (a `window` stays what it was). `clone()` keeps a state.
+    `pmnet.stream_bytes` and calls of the model continue it with new ids; `generate` wants those it has read again.
 
     Args:
         config: the model's configuration.

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
 from pmnet.model import ByteTokenizer, PMNetCache, PMNetForCausalLM, PMNetModel
+from pmnet.model.stream import stream_bytes
 from pmnet.ops import quantize_int8, use_backend
 
 AutoConfig.register("PMNet", PMNetConfig)
@@ -20,5 +21,6 @@ __all__ = [
     "pmnet_30m",
     "pmnet_119m",
     "quantize_int8",
+    "stream_bytes",
     "use_backend",
 ]

@@ -106,13 +106,14 @@ def data_command(
 @app.command("generate")
 def generate_command(
     model: Model,
-    prompt: Annotated[str, typer.Option(help="Text to continue.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue; written out again.")] = "",
+    prompt_file: Annotated[Path | None, typer.Option(help="File to read before it; - is standard input.")] = None,
     count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     int8: Int8 = False,
-    state: Annotated[Path | None, typer.Option(help="Continue this saved state.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Continue this saved state, with a prompt.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state afterwards.")] = None,
 ) -> None:
     """Continue a prompt byte by byte on the terminal."""
@@ -124,10 +125,15 @@ def generate_command(
         cache.check_fits(network.config, 1)
         if save_state:
             save_state.parent.mkdir(parents=True, exist_ok=True)
+            if save_state.is_dir():
+                raise IsADirectoryError(f"{save_state} is a folder, not a file to save the state in")
+        read = b""
+        if prompt_file is not None:
+            read = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
         torch.manual_seed(seed)
         text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer
         terminal.write(text)
-        for byte in stream_bytes(network, text, cache, count, temperature, top_p):
+        for byte in stream_bytes(network, read + text, cache, count, temperature, top_p):
             terminal.write(byte)
             terminal.flush()
         terminal.write(b"\n")

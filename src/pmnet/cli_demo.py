@@ -29,13 +29,14 @@ def demo_command(
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to read filler.")] = 30.0,
     least: Annotated[int, typer.Option(min=0, help="Bytes of filler to read at least.")] = 100_000,
     filler: Annotated[str, typer.Option(help="random, constant or text.")] = "random",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
 ) -> None:
     """Remember a string across filler that attention cannot see over, live; and what is left without the memory."""
     network = load_model(model)
     longest = (getattr(network.config, "task_specific_params", None) or {}).get("copy-paste", {}).get("size")
     if longest is None:
         raise ValueError(f"{model} was not trained on copy-paste")
+    filling = Filler(filler).draw(1, 2**40, torch.Generator().manual_seed(seed))
     if string is None:
         string = DEFAULT[:longest]
         if sys.stdin.isatty():
@@ -46,9 +47,8 @@ def demo_command(
     reach = network.config.receptive_field
     out.print(f"{network.num_parameters():,} parameters; attention reaches {reach} bytes; memory {_size(network)}")
 
-    cache, read, first = PMNetCache(network.config), 0, 0
+    cache, read, first, resident = PMNetCache(network.config), 0, 0, 0
     last = marked(torch.tensor([list(typed)]))
-    filling = Filler(filler).draw(1, 2**40, torch.Generator().manual_seed(seed))
     process, started = psutil.Process(), time.monotonic()
     columns = (TextColumn("reading"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
     with torch.no_grad(), Progress(*columns, console=out, disable=not out.is_terminal) as progress:
@@ -65,16 +65,14 @@ def demo_command(
             progress.update(bar, completed=share, text=text)
         elapsed = time.monotonic() - started
         recalled = answer(network, cache, longest)
-        with recurrence_off(
-            network
-        ):  # keeps nothing beyond the attention's reach, so the last bytes are all it can know
+        with recurrence_off(network):  # knows nothing beyond the attention's reach: the last bytes are enough
             forgotten = PMNetCache(network.config)
             network(last, past_key_values=forgotten, logits_to_keep=1)
             control = answer(network, forgotten, longest)
-    growth = process.memory_info().rss - first if first else 0
+    growth = f"; resident memory {(resident - first) / 2**20:+.1f} MiB since the first 64 KiB" if first else ""
     out.print(
         f"{read:,} bytes of {filler} filler in {elapsed:.0f} s ({read / elapsed:,.0f} bytes/s), "
-        f"{read / reach:,.0f} times the reach; resident memory {growth / 2**20:+.1f} MiB since the first 64 KiB"
+        f"{read / reach:,.0f} times the reach{growth}"
     )
     for name, said in (("you typed", typed), ("memory on", recalled), ("memory off", control)):
         verdict = "" if said is typed else ("  exact" if said == typed else "  wrong")

@@ -37,7 +37,7 @@ def retrieval_command(
     """Share of answers that come back exactly: by distance, by size, memory on and off."""
     network = load_any(model)
     one = reach or getattr(network.config, "receptive_field", None)
-    cells = grid(task, one, [int(part) for part in _parts(sizes)], _parts(variants), _parts(distances), text)
+    cells = grid(task, one, _sizes(sizes), _parts(variants), _parts(distances), text)
     table = Table(title=f"{task}, {strings} answers per cell, reach {one}")
     for title in ("size", "variant", "distance", "exact", "95 % interval", "per byte", "memory off", "per byte"):
         table.add_column(title, justify="right")
@@ -99,7 +99,8 @@ def memory_command(
         out.print(f"level {index}: {drift:,} bytes of filler turn {level['drift_phases']:.1%} of its phases, "
                   f"{level['drift_rms_turns']:.2e} turns rms")  # fmt: skip
     for name, right in found["without"].items():
-        out.print(f"without {name}: {right['exact']:.1%} exact, {right['letters']:.1%} of bytes")
+        what = "the whole model" if name == "nothing" else f"without {name}"
+        out.print(f"{what}: {right['exact']:.1%} exact, {right['letters']:.1%} of bytes")
     if save is not None:
         write_json(save / "memory.json", provenance() | {"seed": seed, "size": size, "strings": strings} | found)
         plot_memory(found, save / "memory.png")
@@ -108,6 +109,12 @@ def memory_command(
 
 def _parts(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(part.isdecimal() for part in _parts(text)):
+        raise ValueError(f"--sizes are whole numbers, as in 8,16, not {text!r}")
+    return [int(part) for part in _parts(text)]
 
 
 def _shown(row: dict[str, Any]) -> list[str]:

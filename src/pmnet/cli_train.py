@@ -1,5 +1,6 @@
 """`pmnet train`."""
 
+import math
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,19 +35,19 @@ def train_command(
     ] = "pmnet",
     run: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/latest"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step, of each process.")] = None,
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
     carry: Annotated[bool | None, typer.Option(help="Read files in order, carrying the state (lm).")] = None,
     piece: Annotated[int | None, typer.Option(min=2, help="Bytes that are read in order in one go (lm).")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Keys that attention sees, of a PMNet.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(min=0.0)] = None,
-    clip: Annotated[float | None, typer.Option(min=0.0, help="Greatest gradient norm; 1e30 clips nothing.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1)] = None,
+    learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Its peak, of AdamW and Muon.")] = None,
+    clip: Annotated[float | None, typer.Option(min=0.0, help="Greatest gradient norm; 0 clips nothing.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of initial weights and data.")] = None,
     precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
     compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
-    checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0)] = None,
+    checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0, help="Time between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
 ) -> None:
     """Train a model; Ctrl-C stops after a checkpoint, --resume continues to the same bits."""
@@ -70,8 +71,16 @@ def train_command(
         recipe = replace(recipe, gap=recipe.model.receptive_field)
     if architecture != "pmnet":
         recipe = replace(recipe, model=control(architecture, recipe.model))
+        if phase_bits is not None and not isinstance(recipe.model, PMNetConfig):
+            raise ValueError(f"--phase-bits is of a PMNet, a {architecture} has no phases")
+        if task == "lm" and window is not None and not hasattr(recipe.model, "sliding_window"):
+            raise ValueError(f"--window is of a PMNet or a sliding-window Transformer, not of a {architecture}")
+    if not 0 < recipe.learning_rate < math.inf:
+        raise ValueError(f"--learning-rate must be positive and finite, not {recipe.learning_rate}")
     if task == "lm" and size is not None:
         raise ValueError("--size is for tasks, not for lm")
+    if task != "lm" and data:
+        raise ValueError(f"--data is for lm, {task} makes its own")
     if task != "lm" and (carry, length, piece) != (None, None, None):
         raise ValueError(f"--carry, --length and --piece are for lm, not for {task}")
     if task != "lm":

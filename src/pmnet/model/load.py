@@ -23,11 +23,13 @@ def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
     """
     for name in ("config.json", "model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} is not a model: it has no {name}")
+            inside = f"; did you mean {folder / 'model'}?" if (folder / "model").is_dir() else ""
+            raise FileNotFoundError(f"{folder} is not a model: it has no {name}{inside}")
     try:
         facts = json.loads((folder / "config.json").read_text())
-        if facts.get("model_type") != PMNetConfig.model_type:
-            raise ValueError(f"model_type is {facts.get('model_type')!r}, not {PMNetConfig.model_type!r}")
+        kind = facts.get("model_type") if isinstance(facts, dict) else None
+        if kind != PMNetConfig.model_type:
+            raise ValueError(f"model_type is {kind!r}, not {PMNetConfig.model_type!r}")
         config = PMNetConfig.from_pretrained(folder)
         model, report = PMNetForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, use_safetensors=True, local_files_only=True,

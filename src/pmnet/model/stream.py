@@ -10,6 +10,8 @@ from pmnet.model.cache import PMNetCache
 from pmnet.model.modeling import PMNetForCausalLM
 from pmnet.model.tokenizer import first_id
 
+_CHUNK = 1024  # positions of a prompt read at once: memory does not grow with it
+
 
 @torch.no_grad()
 def stream_bytes(
@@ -24,14 +26,14 @@ def stream_bytes(
 
     Args:
         model: in eval mode.
-        prompt: bytes to read first. An empty cache starts with the model's BOS.
+        prompt: bytes to read first, in chunks. An empty cache starts with the model's BOS.
         cache: state of one sequence; it has read everything yielded when the iterator ends.
         count: bytes to draw; special tokens are never drawn, even where they share their ids with bytes.
         temperature: 0 is greedy.
         top_p: nucleus of the draw.
 
     Raises:
-        ValueError: if there is neither a prompt nor a state to continue.
+        ValueError: if there is no prompt to continue a state with, or the scores of the model are not finite.
     """
     config = model.config
     special = [i for i in (config.pad_token_id, config.bos_token_id, config.eos_token_id) if i is not None and i < 256]
@@ -43,9 +45,13 @@ def stream_bytes(
         warpers.append(TemperatureLogitsWarper(temperature))
     if top_p < 1.0:
         warpers.append(TopPLogitsWarper(top_p))
-    step = torch.tensor([ids], device=model.device)
+    *before, step = torch.tensor([ids], device=model.device).split(_CHUNK, dim=1)
+    for chunk in before:
+        model(chunk, past_key_values=cache, logits_to_keep=1)
     for _ in range(count):
         scores = model(step, past_key_values=cache, logits_to_keep=1).logits[:, -1, :256].float()
+        if not scores.isfinite().all():
+            raise ValueError("the scores of the model are not finite")
         scores[:, special] = -math.inf
         if temperature == 0.0:
             step = scores.argmax(-1, keepdim=True)

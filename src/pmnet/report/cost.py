@@ -22,7 +22,8 @@ def cost_line(recipe: Recipe, processes: int = 1) -> str:
     if isinstance(recipe.model, PMNetConfig):
         work = f"{total * TRAINING_FACTOR * flops(recipe.model, recipe.length):.3g} FLOP, "
     hours = total / rate / 3600
-    return f"{total:,} bytes to read, {work}about {hours:,.2f} hours at the {rate:,.0f} bytes/s measured here"
+    takes = f"{hours:,.2f} hours" if hours >= 0.1 else f"{3600 * hours:,.0f} seconds"
+    return f"{total:,} bytes to read, {work}about {takes} at the {rate:,.0f} bytes/s measured here"
 
 
 def measured_rate(recipe: Recipe) -> float:

@@ -129,8 +129,17 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
     facts = plan if found is None else _facts(found)
     for part, value in plan.items():
         if facts.get(part) != value:
-            raise ValueError(f"{found} was trained with another {part}; resume with the same options")
+            name = _difference(part, facts.get(part), value)
+            raise ValueError(f"{found} was trained with another {name}; resume with the same options")
     return found
+
+
+def _difference(name: str, there: Any, here: Any) -> str:
+    """The first of the values inside `there` and `here` that differ, by name."""
+    if not (isinstance(there, dict) and isinstance(here, dict)):
+        return f"{name} ({there} there, {here} here)"
+    first = next(key for key in {**here, **there} if there.get(key) != here.get(key))
+    return _difference(f"{name}: {first}", there.get(first), here.get(first))
 
 
 def latest_checkpoint(run: Path) -> Path | None:

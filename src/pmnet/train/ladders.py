@@ -62,7 +62,7 @@ def lookup(recipe: Recipe) -> Curriculum:
 def needle(recipe: Recipe) -> Curriculum:
     """A number at any depth of real text of up to `recipe.size` bytes."""
     lengths = (length << n for n in range(5, recipe.size.bit_length()) for length in (3, 4))
-    sizes = [*(length for length in lengths if length < recipe.size), recipe.size]
+    sizes = [*(length for length in lengths if length < recipe.size), recipe.size] if recipe.size >= 96 else []
     stages: list[Problem] = [Needle(length) for length in sizes]
     return stages, [Part(Needle(size)) for size in sizes[-1:]]
 

@@ -57,7 +57,7 @@ def train(
 
     Raises:
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint.
-        TrainingStopped: if the loss or a gradient is no longer finite.
+        TrainingStopped: if the loss, a gradient or a weight is no longer finite.
         ValueError: if there is nothing to resume, or the checkpoint is damaged, or of another recipe, model, number of
             processes or set of files.
         FileExistsError: if `run` holds checkpoints and `resume` is False.
@@ -82,6 +82,8 @@ def train(
 
     def checkpoint(step: int) -> None:
         accelerator.wait_for_everyone()
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            raise TrainingStopped(f"step {step} left weights that are not finite; {_last_good(run)}")
         state = {} if carry is None else {name: accelerator.gather(part) for name, part in carry.state().items()}
         if accelerator.is_main_process:
             facts = plan | {"task": task.state(), "bytes": seen}
@@ -107,7 +109,8 @@ def train(
                 batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
                 numbers = _gradients(accelerator, objective, prepared, batch, carry, recipe.clip)
                 if not all(map(math.isfinite, numbers.values())):
-                    raise TrainingStopped(f"step {step}: {numbers}; last good checkpoint: {latest_checkpoint(run)}")
+                    wrong = next(name for name, number in numbers.items() if not math.isfinite(number))
+                    raise TrainingStopped(f"the {wrong} of step {step} is {numbers[wrong]}; {_last_good(run)}")
                 for optimizer, schedule in zip(prepared_optimizers, schedules, strict=True):
                     optimizer.step()
                     optimizer.zero_grad()
@@ -136,6 +139,10 @@ def train(
         time.sleep(0.2)
     accelerator.end_training()
     return model.eval()
+
+
+def _last_good(run: Path) -> str:
+    return f"last good checkpoint: {latest_checkpoint(run) or 'none'}"
 
 
 @torch.no_grad()
@@ -182,7 +189,7 @@ def _gradients(
     with accelerator.autocast():
         loss, correct = objective(model, batch, carry)
     accelerator.backward(loss)
-    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip or math.inf)
     loss, correct = accelerator.reduce(torch.stack([loss.detach(), correct]), "mean").tolist()
     return {"loss": loss, "correct": correct, "norm": float(norm)}
 

@@ -33,7 +33,7 @@ class Recipe:
         hold: share of the steps at the peak before a cosine decay begins (0: plain cosine with warm-up).
         warmup: steps.
         weight_decay: on matrices and anchors, not on norms and biases.
-        clip: greatest gradient norm.
+        clip: greatest gradient norm; 0 clips nothing.
         betas: of AdamW.
         precision: `"no"` (float32) or `"bf16"` (autocast).
         compile: trace the step with `torch.compile`: worth its minutes on a GPU, not with the CPU kernels.
