@@ -140,7 +140,8 @@ def test_the_needles_in_a_novel_are_stored():
     stored = json.loads((ROOT / "results" / "retrieval" / "tasks" / "needle" / "novel-512k.json").read_text())
     (cell,) = stored["cells"]
     quoted = f"{cell['exact'] * cell['strings']:.0f} of {cell['strings']} at {cell['size']:,} bytes, "
-    quoted += f"{cell['size'] / stored['reach']:,.0f} times its reach (from {100 * cell['low']:.1f} %)"
+    assert cell["distance"] == 0.1
+    quoted += f"nine tenths of which lie between number and question (from {100 * cell['low']:.1f} %)"
     assert quoted in text
 
 

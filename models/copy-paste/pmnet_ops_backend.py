@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .pmnet_ops_native import library
 
+_TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 BACKENDS = ("auto", "torch", "native", "triton")
 _forced = "auto"
 
@@ -58,8 +59,9 @@ def direct(x: Tensor) -> bool:
     """Whether a kernel may be called outside of an operator: nothing differentiates, traces or transforms `x`."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    watched = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None
-    return not watched and type(x) in (Tensor, torch.nn.Parameter)
+    if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
 
 
 def triton(x: Tensor) -> bool:

@@ -15,8 +15,8 @@ def copy_paste(recipe: Recipe) -> Curriculum:
     Gaps are always beyond `recipe.gap`: a target that attention can see is relayed through attention, and the memory
     is never learned. The first stages have one letter of 64 values and a single filler byte, then two, ... 32 of them;
     then the letter is any of 256 values; then the string grows, letter by letter. At last filler may be any byte too:
-    a share `recipe.near` of the batches has gaps from 0 up, and one in four has long gaps (in a quarter of the rows):
-    without these, a model may learn to hold a string only about as long as it was trained to.
+    one batch in eight has gaps from 0 up, and one in four has long gaps (in a quarter of the rows): without these, a
+    model may learn to hold a string only about as long as it was trained to.
     """
     size, reach = recipe.size, recipe.gap
     alphabets = [CopyPaste((1, 1), (reach, reach + n), (Filler(least=256 - 2**n),), 64) for n in range(6)]
@@ -29,9 +29,9 @@ def copy_paste(recipe: Recipe) -> Curriculum:
         part
         for shortest, weight in ((1, 0.3), (size, 0.7))
         for part in (
-            Part(CopyPaste((shortest, size), (0, reach), every), weight * recipe.near),
+            Part(CopyPaste((shortest, size), (0, reach), every), weight / 8),
             Part(CopyPaste((shortest, size), (reach, long), every), weight / 4, rows=1 / 4),
-            Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * (3 / 4 - recipe.near)),
+            Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * 5 / 8),
         )
     ]
     return [*alphabets, *letters, *lengths], mixture
