@@ -21,9 +21,13 @@ def page(root: Path) -> str:
         "Made by `python -m benchmarks.retrieval` from the files beside this page, which name their command, seed,\n"
         "commit, versions and machine. Tasks and scores are defined in [docs/tasks.md](../../docs/tasks.md).",
         *_section("The model of `models/copy-paste`", _cells(root.glob("box/*/copy-paste.json"))),
-        *_section(
-            "Short gaps: another model for the box, that did not become it",
-            _cells(root.glob("short-gaps/box-18000/*/copy-paste.json")),
+        *(
+            line
+            for steps in (18_000, 14_000)
+            for line in _section(
+                f"Short gaps: a model of {steps:,} steps for the box, that did not become it",
+                _cells(root.glob(f"short-gaps/box-{steps}/*/copy-paste.json")),
+            )
         ),
         *_section("Short gaps: demo preset with 6 bits", _cells(root.glob("short-gaps/demo-6-bits/*.json"))),
         *_section("A million bytes: demo preset, seed 0", _cells(root.glob("demo/million/copy-paste.json"))),

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
@@ -38,9 +39,10 @@ def retrieval_command(
     network = load_any(model)
     one = reach or getattr(network.config, "receptive_field", None)
     cells = grid(task, one, _sizes(sizes), _parts(variants), _parts(distances), text)
-    table = Table(title=f"{task}, {strings} answers per cell, reach {one}")
-    for title in ("size", "variant", "distance", "exact", "95 % interval", "per byte", "memory off", "per byte"):
-        table.add_column(title, justify="right")
+    title = f"{task}, {strings} answers per cell, reach {one}"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # all eight columns in a terminal of 80
+    for head in ("size", "variant", "distance", "exact", "95 %\ninterval", "per\nbyte", "memory\noff", "per\nbyte"):
+        table.add_column(head, justify="right", no_wrap=True)
     facts = provenance() | {
         "task": task,
         "seed": seed,

@@ -23,13 +23,11 @@ class Part:
         problem: what is drawn.
         weight: how often, relative to the other parts.
         rows: share of the batch size, for problems with longer rows.
-        after: batches before which it is not drawn.
     """
 
     problem: Problem
     weight: float = 1.0
     rows: float = 1.0
-    after: int = 0
 
 
 class Ladder:
@@ -73,7 +71,7 @@ class Ladder:
             return training_batch(self.stages[earlier].draw(self.batch_size, generator))
         if self.stage < len(self.stages):
             return training_batch(self.stages[self.stage].draw(self.batch_size, generator))
-        weights = torch.tensor([part.weight * (part.after <= self.done) for part in self.mixture])
+        weights = torch.tensor([part.weight for part in self.mixture])
         part = self.mixture[int(torch.multinomial(weights, 1, generator=generator))]
         return training_batch(part.problem.draw(max(1, round(part.rows * self.batch_size)), generator))
 

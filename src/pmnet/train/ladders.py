@@ -16,8 +16,7 @@ def copy_paste(recipe: Recipe) -> Curriculum:
     is never learned. The first stages have one letter of 64 values and a single filler byte, then two, ... 32 of them;
     then the letter is any of 256 values; then the string grows, letter by letter. At last filler may be any byte too:
     one batch in eight has gaps from 0 up, and one in four has long gaps (in a quarter of the rows): without these, a
-    model may learn to hold a string only about as long as it was trained to. With `recipe.near`, a model that holds
-    strings learns in the last quarter to give them back at once as well; sooner, that is in the way.
+    model may learn to hold a string only about as long as it was trained to.
     """
     size, reach = recipe.size, recipe.gap
     alphabets = [CopyPaste((1, 1), (reach, reach + n), (Filler(least=256 - 2**n),), 64) for n in range(6)]
@@ -35,12 +34,6 @@ def copy_paste(recipe: Recipe) -> Curriculum:
             Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * 5 / 8),
         )
     ]
-    if recipe.near:
-        share = recipe.near / (1 - recipe.near) / 3
-        mixture += [
-            Part(CopyPaste(sizes, (0, most), every), share, after=recipe.steps * 3 // 4)
-            for sizes, most in (((1, min(4, size)), 4), ((1, size), 4), ((size, size), reach))
-        ]
     return [*alphabets, *letters, *lengths], mixture
 
 

@@ -24,8 +24,6 @@ class Recipe:
         piece: with `carry`, bytes that a row reads in one go before it turns to another place; None: a whole file.
         size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
         gap: least filler between question and answer in training (copy-paste), the reach of the attention.
-        near: share of the last quarter's batches whose gaps attention can see over (copy-paste), beside the few that
-            there are all along.
         learning_rate: peak of the optimizer.
         silent_reads: start with memory reads that add nothing: their output maps are zero. Not the published
             initialisation; a language model learns faster with it.
@@ -50,7 +48,6 @@ class Recipe:
     piece: int | None = None
     size: int = 8
     gap: int = 15
-    near: float = 0.0
     learning_rate: float = 5e-4
     silent_reads: bool = False
     muon: bool = False
@@ -115,7 +112,7 @@ def box() -> Recipe:
     """The copy-paste model that comes with the project: strings of up to 16 bytes, about an hour on one CPU core."""
     model = demo_model()
     model.sliding_window = 16
-    return replace(demo(16), model=model, steps=14_000, gap=model.receptive_field, near=0.4, hold=0.5)
+    return replace(demo(16), model=model, steps=12_000, gap=model.receptive_field, hold=0.5)
 
 
 def paper() -> Recipe:
