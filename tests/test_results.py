@@ -294,5 +294,7 @@ def test_the_memories_of_the_readme_are_stored():
     assert f"a memory of angles gives {angles:.3f} and one of plain numbers {plain:.3f}" in text
     angles, plain = (far(row["recurrence off"]) - far(row["carried"]) for row in forgetting)
     assert f"without it they are worse by {angles:.3f} and {plain:.3f}" in text
-    wide = [far(rows_of("models", name)["carried"]) for name in ("gated-memory", "no-recurrence")]
+    wide = [far(rows_of("models", name)["carried"]) for name in ("gated-memory", "no-recurrence", "flat")]
     assert f"`gated-memory`: {wide[0]:.3f}, without a memory {wide[1]:.3f}" in text
+    assert f"takes {wide[2]:.3f}; its model leans on it more" in text
+    assert f"by {far(rows_of('models', 'flat')['recurrence off']) - wide[2]:.3f} on the same weights, and" in text
