@@ -23,13 +23,12 @@ def page(root: Path) -> str:
         *_section("The model of `models/copy-paste`", _cells(root.glob("box/*/copy-paste.json"))),
         *(
             line
-            for steps in (18_000, 14_000)
+            for folder in sorted(root.glob("short-gaps/*"))
             for line in _section(
-                f"Short gaps: a model of {steps:,} steps for the box, that did not become it",
-                _cells(root.glob(f"short-gaps/box-{steps}/*/copy-paste.json")),
+                f"Short gaps: a model that is not in the box, `short-gaps/{folder.name}`",
+                _cells(folder.glob("**/copy-paste.json")),
             )
         ),
-        *_section("Short gaps: demo preset with 6 bits", _cells(root.glob("short-gaps/demo-6-bits/*.json"))),
         *_section("A million bytes: demo preset, seed 0", _cells(root.glob("demo/million/copy-paste.json"))),
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
         *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
