@@ -93,6 +93,16 @@ def test_retrieval_table_is_stored(model, tmp_path):
     assert (tmp_path / "result" / "copy-paste.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_widest_row_fits_a_terminal(model, monkeypatch):
+    right = {"exact": 1.0, "letters": 1.0}
+    row = {"size": 16, "variant": "constant", "distance": 1e6, "low": 0.996, "high": 1.0, "control": right, **right}
+    monkeypatch.setattr("pmnet.cli_retrieval.measure_cell", lambda *_: row)
+    monkeypatch.setattr("pmnet.cli_retrieval.out.width", 80)
+    _, printed = run_cli(["eval", "retrieval", str(model), "--sizes", "16", "--distances", "5"])
+    line = "16   constant   1,000,000   100.0%   99.6-100.0   100.00%   100.0%   100.00%"
+    assert line in [part.strip() for part in printed.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("task", "sizes", "variants", "distances"),
     [
