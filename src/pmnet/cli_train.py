@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pmnet.baselines import CONTROLS, control
+from pmnet.baselines import CONTROLS, control, load_any
 from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
@@ -33,6 +33,9 @@ def train_command(
     architecture: Annotated[
         str, typer.Option("--model", help="pmnet, or a control of equal size: " + ", ".join(CONTROLS))
     ] = "pmnet",
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Model folder to train further, instead of fresh weights.")
+    ] = None,
     run: Annotated[Path, typer.Option("--out", help="Run folder.")] = Path("runs/latest"),
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of the recipe's.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a step, of each process.")] = None,
@@ -63,18 +66,15 @@ def train_command(
         "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
     recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
-    assert isinstance(recipe.model, PMNetConfig)
-    if phase_bits is not None:
-        recipe.model.phase_bits = phase_bits
-    if window is not None:
-        recipe.model.sliding_window = window
-        recipe = replace(recipe, gap=recipe.model.receptive_field)
-    if architecture != "pmnet":
-        recipe = replace(recipe, model=control(architecture, recipe.model))
-        if phase_bits is not None and not isinstance(recipe.model, PMNetConfig):
-            raise ValueError(f"--phase-bits is of a PMNet, a {architecture} has no phases")
-        if task == "lm" and window is not None and not hasattr(recipe.model, "sliding_window"):
-            raise ValueError(f"--window is of a PMNet or a sliding-window Transformer, not of a {architecture}")
+    if recipe.finish and start is None:
+        raise ValueError(f"preset {name} is the second half of a training: give the model of the first with --from")
+    if start is None:
+        recipe = _fresh(recipe, task, architecture, window, phase_bits)
+    elif architecture != "pmnet" or (window, phase_bits) != (None, None):
+        raise ValueError("--model, --window and --phase-bits are of a new model, --from has its own")
+    else:
+        recipe = _further(recipe, start)
+        architecture = recipe.model.model_type.lower()
     if not 0 < recipe.learning_rate < math.inf:
         raise ValueError(f"--learning-rate must be positive and finite, not {recipe.learning_rate}")
     if task == "lm" and size is not None:
@@ -102,6 +102,32 @@ def train_command(
         train(recipe, source, run, resume, started=lambda: write_json(run / "config.json", facts))
     if main:
         out.print(f"model saved to {run / 'model'}", soft_wrap=True)
+
+
+def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, phase_bits: int | None) -> Recipe:
+    """The recipe with its PMNet changed, or with a control of the changed one in its place."""
+    assert isinstance(recipe.model, PMNetConfig)
+    if phase_bits is not None:
+        recipe.model.phase_bits = phase_bits
+    if window is not None:
+        recipe.model.sliding_window = window
+        recipe = replace(recipe, gap=recipe.model.receptive_field)
+    if architecture != "pmnet":
+        recipe = replace(recipe, model=control(architecture, recipe.model))
+        if phase_bits is not None and not isinstance(recipe.model, PMNetConfig):
+            raise ValueError(f"--phase-bits is of a PMNet, a {architecture} has no phases")
+        if task == "lm" and window is not None and not hasattr(recipe.model, "sliding_window"):
+            raise ValueError(f"--window is of a PMNet or a sliding-window Transformer, not of a {architecture}")
+    return recipe
+
+
+def _further(recipe: Recipe, start: Path) -> Recipe:
+    """The recipe with the model of a folder, in float32, and its reach."""
+    model = load_any(start).config
+    model.dtype = "float32"
+    vars(model).pop("auto_map", None)  # names code files of an exported folder, which a run folder has not
+    gap = model.receptive_field if isinstance(model, PMNetConfig) else recipe.gap
+    return replace(recipe, model=model, start=str(start), silent_reads=False, gap=gap)
 
 
 def _byte_task(data: list[Path], recipe: Recipe, processes: int) -> ByteTask:

@@ -16,22 +16,27 @@ def copy_paste(recipe: Recipe) -> Curriculum:
     is never learned. The first stages have one letter of 64 values and a single filler byte, then two, ... 32 of them;
     then the letter is any of 256 values; then the string grows, letter by letter. At last filler may be any byte too:
     one batch in eight has gaps from 0 up, and one in four has long gaps (in a quarter of the rows): without these, a
-    model may learn to hold a string only about as long as it was trained to.
+    model may learn to hold a string only about as long as it was trained to. A `recipe.finish` has no stages, and gaps
+    within, just beyond and far beyond the reach in equal parts.
     """
     size, reach = recipe.size, recipe.gap
+    every = (Filler(), Filler(), Filler("constant"), Filler("text"))
+    near, beyond, far = (0, reach), (reach, reach + 6), (reach, reach + 4 * (2 * size + 4 + reach))
+    if recipe.finish:
+        strings = (((1, min(4, size)), 0.25), ((1, size), 0.25), ((size, size), 0.5))
+        gaps = (((0, 4), 1 / 6, 1.0), (near, 1 / 6, 1.0), (beyond, 1 / 3, 1.0), (far, 1 / 3, 1 / 4))
+        return [], [Part(CopyPaste(k, g, every), w * v, rows) for k, w in strings for g, v, rows in gaps]
     alphabets = [CopyPaste((1, 1), (reach, reach + n), (Filler(least=256 - 2**n),), 64) for n in range(6)]
     few = (Filler(least=224),)
-    letters = [CopyPaste((1, 1), (reach, reach + 6), few, values) for values in (128, 256)]
-    lengths = [CopyPaste((k, k), (reach, reach + 6), few) for k in range(2, size + 1)]
-    every = (Filler(), Filler(), Filler("constant"), Filler("text"))
-    long = reach + 4 * (2 * size + 4 + reach)
+    letters = [CopyPaste((1, 1), beyond, few, values) for values in (128, 256)]
+    lengths = [CopyPaste((k, k), beyond, few) for k in range(2, size + 1)]
     mixture = [
         part
         for shortest, weight in ((1, 0.3), (size, 0.7))
         for part in (
-            Part(CopyPaste((shortest, size), (0, reach), every), weight / 8),
-            Part(CopyPaste((shortest, size), (reach, long), every), weight / 4, rows=1 / 4),
-            Part(CopyPaste((shortest, size), (reach, reach + 6), every), weight * 5 / 8),
+            Part(CopyPaste((shortest, size), near, every), weight / 8),
+            Part(CopyPaste((shortest, size), far, every), weight / 4, rows=1 / 4),
+            Part(CopyPaste((shortest, size), beyond, every), weight * 5 / 8),
         )
     ]
     return [*alphabets, *letters, *lengths], mixture
@@ -83,6 +88,6 @@ def build_ladder(task: str, recipe: Recipe, processes: int = 1) -> Ladder:
         ValueError: if `recipe.size` is smaller than the smallest problem of the task.
     """
     stages, mixture = CURRICULA[task](recipe)
-    if not stages or not mixture:
+    if not mixture or not (stages or recipe.finish):
         raise ValueError(f"there is nothing to learn at size {recipe.size}: this task begins at a larger one")
     return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)

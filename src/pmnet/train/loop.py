@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
 
-from pmnet.baselines import Carry, carries, matrix_scan
+from pmnet.baselines import Carry, carries, load_any, matrix_scan
 from pmnet.memory import MemoryRead
 from pmnet.train.checkpoint import (
     latest_checkpoint,
@@ -66,8 +66,10 @@ def train(
     found = starting_point(run, resume, plan)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
-    model = AutoModelForCausalLM.from_config(recipe.model).train()
-    if recipe.silent_reads:
+    model = AutoModelForCausalLM.from_config(recipe.model, dtype=torch.float32).train()
+    if recipe.start is not None:
+        model.load_state_dict(load_any(Path(recipe.start)).state_dict())
+    elif recipe.silent_reads:
         silence_reads(model)
     optimizers = build_optimizers(model, recipe)
     schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]

@@ -17,6 +17,8 @@ class Recipe:
 
     Attributes:
         model: configuration of the model.
+        start: folder of a model of this configuration to train further; None: fresh weights.
+        finish: practise the task as a whole from the first step on, for a `start` that knows it (copy-paste).
         steps: optimizer steps.
         batch_size: B.
         length: T (files only; other tasks have their own).
@@ -42,6 +44,8 @@ class Recipe:
 
     model: PreTrainedConfig
     steps: int
+    start: str | None = None
+    finish: bool = False
     batch_size: int = 32
     length: int = 512
     carry: bool = False
@@ -113,6 +117,11 @@ def box() -> Recipe:
     model = demo_model()
     model.sliding_window = 16
     return replace(demo(16), model=model, steps=12_000, gap=model.receptive_field, hold=0.5)
+
+
+def box_finish() -> Recipe:
+    """The second half of `box`: strings and gaps that a ladder hardly meets, such as a letter without any filler."""
+    return replace(box(), steps=8000, learning_rate=1e-3, hold=0.0, finish=True)
 
 
 def paper() -> Recipe:
@@ -191,7 +200,7 @@ def lm_119m() -> Recipe:
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "lm": {"tiny": lm_tiny, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
-    "copy-paste": {"demo": partial(demo, 8), "box": box, "paper": paper},
+    "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "paper": paper},
     "selective-copy": {"demo": partial(demo, 16)},
     "recall": {"demo": partial(demo, 64)},
     "lookup": {"demo": partial(demo, 50)},

@@ -1,0 +1,89 @@
+"""Training a model further: it begins with the weights of a folder, and with nothing else of it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from pmnet.baselines import control
+from pmnet.model.tokenizer import EOS, PASTE
+from pmnet.train.ladders import build_ladder
+from pmnet.train.recipes import RECIPES
+from tests.conftest import run_cli, small_config
+from tests.test_cli import fails
+
+
+def folder(path, name="pmnet", dtype=torch.float32):
+    config = small_config("deep")
+    config.auto_map = {"AutoConfig": "pmnet_config.PMNetConfig"}
+    model = AutoModelForCausalLM.from_config(config if name == "pmnet" else control(name, config), dtype=dtype)
+    model.save_pretrained(path)
+    return path
+
+
+def further(start, run, *options):
+    common = ["train", "copy-paste", "--from", start, "--out", run, "--batch-size", 2, "--learning-rate", 1e-9]
+    return run_cli([str(word) for word in (*common, *options)])
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("pmnet", torch.float32), ("pmnet", torch.bfloat16), ("mamba2", torch.float32)]
+)
+def test_training_begins_with_the_weights_of_the_folder(name, dtype, tmp_path):
+    start, run = folder(tmp_path / "start", name, dtype), tmp_path / "run"
+    code, printed = further(start, run, "--steps", 2)
+    assert code == 0, printed
+    before, after = (load_file(path / "model.safetensors") for path in (start, run / "model"))
+    assert before.keys() == after.keys()
+    for key, weight in before.items():
+        assert after[key].dtype == torch.float32
+        torch.testing.assert_close(after[key], weight.float(), rtol=0, atol=1e-7)
+    assert "auto_map" not in json.loads((run / "model" / "config.json").read_text())
+    facts = json.loads((run / "config.json").read_text())
+    assert facts["architecture"] == name
+    assert facts["recipe"]["start"] == str(start)
+    if name == "pmnet":
+        assert facts["recipe"]["gap"] == small_config("deep").receptive_field
+
+
+def test_a_run_resumes_from_its_checkpoint_and_not_from_the_start(tmp_path):
+    start, run = folder(tmp_path / "start"), tmp_path / "run"
+    assert further(start, run, "--steps", 2)[0] == 0
+    before = load_file(run / "model" / "model.safetensors")
+    folder(start)  # other weights
+    assert further(start, run, "--steps", 2, "--resume")[0] == 0
+    after = load_file(run / "model" / "model.safetensors")
+    assert all(torch.equal(after[key], weight) for key, weight in before.items())
+    other = folder(tmp_path / "other")
+    code, printed = further(other, run, "--steps", 2, "--resume")
+    assert code == 1
+    assert f"another recipe: start ({start} there, {other} here)" in printed
+
+
+def test_what_cannot_be_trained_further_is_named(tmp_path):
+    start, run = folder(tmp_path / "start"), tmp_path / "run"
+    common = ["train", "copy-paste", "--out", run]
+    fails([*common, "--preset", "box-finish"], "box-finish", "--from")
+    fails([*common, "--from", tmp_path / "none"], "none is not a model")
+    for option in (("--window", 3), ("--phase-bits", 4), ("--model", "llama")):
+        fails([*common, "--from", start, *option], option[0])
+    (start / "model.safetensors").write_bytes(b"nothing")
+    fails([*common, "--from", start], "start is not a complete")
+    assert not run.exists()
+
+
+def test_the_second_half_of_the_box_asks_for_all_gaps_alike():
+    plan = RECIPES["copy-paste"]["box-finish"]()
+    source = build_ladder("copy-paste", replace(plan, batch_size=8))
+    assert source.stages == []
+    found = {"near": 0, "beyond": 0, "far": 0}
+    for index in range(600):
+        ids = source.batch(index)["input_ids"]
+        gap = ((ids == PASTE).long().argmax(1) - (ids == EOS).long().argmax(1) - 1).max().item()
+        name = "far" if len(ids) == 2 else "near" if gap <= plan.gap else "beyond"
+        found[name] += 1
+        source.observe(0.0)
+    assert all(150 < count < 250 for count in found.values()), found
