@@ -62,10 +62,8 @@ MODELS = (
     Entry("mamba2-3x", ("--model", "mamba2-3x"), "mamba2"),  # its own grid takes too long on a CPU
 )
 ABLATIONS = (
-    Entry("phase-bits-5", ("--phase-bits", "5"), "pmnet"),
-    Entry("phase-bits-32", ("--phase-bits", "32"), "pmnet"),
-    Entry("window-8", ("--window", "8"), "pmnet"),
-    Entry("window-64", ("--window", "64"), "pmnet"),
+    *(Entry(f"phase-bits-{bits}", ("--phase-bits", str(bits)), "pmnet") for bits in (5, 6, 8, 12, 32)),
+    *(Entry(f"window-{keys}", ("--window", str(keys)), "pmnet") for keys in (8, 32, 64, 128, 512)),
     Entry("real-memory", ("--model", "real-memory"), "pmnet"),
     Entry("gated-memory", ("--model", "gated-memory"), "pmnet"),
     Entry("flat", ("--model", "flat"), "pmnet"),
