@@ -70,6 +70,8 @@ def test_what_cannot_be_trained_further_is_named(tmp_path):
     fails([*common, "--from", tmp_path / "none"], "none is not a model")
     for option in (("--window", 3), ("--phase-bits", 4), ("--model", "llama")):
         fails([*common, "--from", start, *option], option[0])
+    AutoModelForCausalLM.from_config(small_config("deep", vocab_size=256)).save_pretrained(tmp_path / "bytes")
+    fails([*common, "--from", tmp_path / "bytes"], "bytes knows 256 ids", "261")
     (start / "model.safetensors").write_bytes(b"nothing")
     fails([*common, "--from", start], "start is not a complete")
     assert not run.exists()

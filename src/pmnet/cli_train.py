@@ -14,6 +14,7 @@ from pmnet.baselines import CONTROLS, control, load_any
 from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
+from pmnet.model.tokenizer import COPY
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import exclusive, starting_point
@@ -124,6 +125,8 @@ def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, pha
 def _further(recipe: Recipe, start: Path) -> Recipe:
     """The recipe with the model of a folder, in float32, and its reach."""
     model = load_any(start).config
+    if model.vocab_size <= COPY:
+        raise ValueError(f"{start} knows {model.vocab_size} ids; bytes and their control ids need {COPY + 1}")
     model.dtype = "float32"
     vars(model).pop("auto_map", None)  # names code files of an exported folder, which a run folder has not
     gap = model.receptive_field if isinstance(model, PMNetConfig) else recipe.gap
