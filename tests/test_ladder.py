@@ -83,6 +83,16 @@ def test_processes_climb_together_on_batches_of_their_own():
     assert ranks[0].stage > 3
 
 
+def test_recall_begins_with_one_pair_of_few_symbols_asked_anywhere():
+    ladder = build_ladder("recall", replace(RECIPES["recall"]["demo"](), size=4))
+    found = [(stage.pairs, stage.symbols) for stage in ladder.stages]
+    assert found == [(1, 4), (1, 16), (1, 64), (1, None), (2, 4), (2, 16), (2, 64), (2, None), (3, None), (4, None)]
+    assert {stage.power for stage in ladder.stages} == {1.0}
+    assert [(part.problem.pairs, part.problem.power) for part in ladder.mixture] == [
+        (3, 0.01), (3, 1.0), (4, 0.01), (4, 1.0),
+    ]  # fmt: skip
+
+
 def test_a_task_grows_to_the_size_that_was_asked_for():
     for name, size, grown in (("needle", 700, "length"), ("needle", 2000, "length"), ("recall", 100, "pairs")):
         ladder = build_ladder(name, replace(RECIPES[name]["demo"](), size=size))

@@ -157,6 +157,13 @@ def test_recall_is_what_it_says(length, pairs, width):
         assert np.mean(first) < 2 * pairs + slots  # most questions come early
 
 
+def test_recall_among_few_symbols_is_asked_anywhere():
+    ids, scored = drawn(Recall(64, 2, power=1.0, symbols=4), rows=400).dense()
+    assert set(ids[:, :4].flatten().tolist()) == {1, 2, 3, 4}
+    where = scored.nonzero()[:, 1].float()
+    assert 30 < where.mean() < 38  # of columns 5 to 63
+
+
 def test_lookup_is_what_it_says():
     for key in ("suffix", "prefix"):
         ids, scored = drawn(Lookup((30, 30), key=key), rows=50).dense()
@@ -204,6 +211,8 @@ def test_what_cannot_be_drawn_is_refused():
         (lambda: SelectiveCopy(16, 20), "no room"),
         (lambda: Recall(64, 20), "no room"),
         (lambda: Recall(2048, 256, 1), "no room"),
+        (lambda: Recall(64, 5, symbols=4), "no room"),
+        (lambda: Recall(64, 2, symbols=256), "no room"),
         (lambda: Lookup((3, 9)), "no room"),
         (lambda: Lookup((9, 9), key="middle"), "'middle'"),
         (lambda: drawn(Needle(60)), "60 bytes are too few"),

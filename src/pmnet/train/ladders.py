@@ -1,6 +1,7 @@
 """The ladder of each synthetic task: which stages lead to `recipe.size`, and what the last one is made of."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall, SelectiveCopy
 from pmnet.train.ladder import Ladder, Part
@@ -50,10 +51,17 @@ def selective_copy(recipe: Recipe) -> Curriculum:
 
 
 def recall(recipe: Recipe) -> Curriculum:
-    """Up to `recipe.size` pairs in four to sixteen times as many symbols: Zoology's training mixture, begun smaller."""
-    sizes = [*(2**n for n in range(recipe.size.bit_length()) if 2**n < recipe.size), recipe.size]
-    stages: list[Problem] = [Recall(max(min(256, 16 * pairs), 4 * pairs), pairs) for pairs in sizes]
-    return stages, [Part(problem) for problem in stages[2:]]
+    """Up to `recipe.size` pairs in sixteen times as many symbols, from 64 to 256 (or four times the pairs).
+
+    One pair and then two begin with alphabets of 4, 16 and 64 symbols. Questions stand anywhere: those that attention
+    can see over would teach nothing. The last stage has Zoology's early questions too.
+    """
+    doubled = {m << n for m in (1, 3) for n in range(recipe.size.bit_length())}
+    sizes = [*sorted(pairs for pairs in doubled if pairs < recipe.size), recipe.size]
+    few = [[Recall(64, pairs, power=1.0, symbols=4**n) for n in (1, 2, 3)] for pairs in (1, 2)]
+    grown = [Recall(max(64, min(256, 16 * pairs), 4 * pairs), pairs, power=1.0) for pairs in sizes]
+    stages: list[Problem] = [*few[0], *grown[:1], *few[1], *grown[1:]]
+    return stages, [Part(replace(problem, power=power)) for problem in grown[2:] for power in (0.01, 1.0)]
 
 
 def lookup(recipe: Recipe) -> Curriculum:

@@ -26,16 +26,24 @@ class Recall:
         pairs: P.
         width: w, bytes of a key and of a value, 1 or 2.
         power: a; a question stands in slot x with probability proportional to `a * x**(a - 1)`.
+        symbols: how many there are of keys and of values; None: as many as their bytes have values, less the blank.
     """
 
     length: int = 64
     pairs: int = 4
     width: int = 1
     power: float = 0.01
+    symbols: int | None = None
 
     def __post_init__(self) -> None:
-        if self.width not in (1, 2) or not 1 <= self.pairs < 256**self.width or 4 * self.pairs > self.length:
+        known = self.width in (1, 2) and 1 <= self.pairs <= self.alphabet <= 255**self.width
+        if not known or 4 * self.pairs > self.length:
             raise ValueError(f"no room for recall in {self}")
+
+    @property
+    def alphabet(self) -> int:
+        """How many symbols there are."""
+        return 255**self.width if self.symbols is None else self.symbols
 
     def draw(self, rows: int, generator: torch.Generator) -> Episodes:
         """`rows` episodes."""
@@ -44,8 +52,8 @@ class Recall:
         chance = np.arange(1, slots + 1) ** (self.power - 1.0)
         # the places with the P largest keys are a draw without replacement (exponential races)
         places = np.argsort(random.exponential(size=(rows, slots)) / chance, axis=1)[:, : self.pairs]
-        keys = np.stack([random.choice(255**self.width, self.pairs, replace=False) for _ in range(rows)])
-        values = random.integers(255**self.width, size=keys.shape)
+        keys = np.stack([random.choice(self.alphabet, self.pairs, replace=False) for _ in range(rows)])
+        values = random.integers(self.alphabet, size=keys.shape)
         known = np.concatenate([self._bytes(keys), self._bytes(values)], axis=2)
         questions = np.full((rows, slots, 2 * self.width), BLANK)
         np.put_along_axis(questions, places[:, :, None], known, axis=1)
