@@ -96,6 +96,6 @@ def build_ladder(task: str, recipe: Recipe, processes: int = 1) -> Ladder:
         ValueError: if `recipe.size` is smaller than the smallest problem of the task.
     """
     stages, mixture = CURRICULA[task](recipe)
-    if not mixture or not (stages or recipe.finish):
+    if not mixture:
         raise ValueError(f"there is nothing to learn at size {recipe.size}: this task begins at a larger one")
     return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)
