@@ -30,6 +30,7 @@ CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the 
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
 STEPS = {  # of 4,096 bytes
     "models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000, "pieces": 1000, "pieces-longer": 3000,
+    "copy-first": 1000,
 }  # fmt: skip
 app = typer.Typer(add_completion=False)
 
@@ -88,6 +89,16 @@ PIECES = tuple(
     for entry in MODELS
     if entry.name in ("pmnet", "no-recurrence", "mamba2")
 )
+_SMALL = ("--preset", "demo", "--window", "16", "--piece", "4096")  # the size of models/copy-paste
+COPY_FIRST = tuple(  # one that learned copy-paste before, next to fresh ones
+    Entry(name if not seed else f"{name}-{seed}", (*options, "--seed", str(seed)), name if seed else None, "copy-first")
+    for seed in range(3)
+    for name, options in (
+        ("fresh", _SMALL),
+        ("fresh-off", (*_SMALL, "--model", "no-recurrence")),
+        ("taught", ("--from", "models/copy-paste", "--piece", "4096")),
+    )
+)
 
 
 @app.command()
@@ -98,7 +109,7 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES)
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST)
     for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
         if entry.rate_of is None:
             for rate in RATES:

@@ -4,7 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from benchmarks.books import ABLATIONS, GRID_STEPS, LONGER, MODELS, NARROW, PIECES, RATES, SEEDS, Entry, final_bits
+from benchmarks.books import (
+    ABLATIONS,
+    COPY_FIRST,
+    GRID_STEPS,
+    LONGER,
+    MODELS,
+    NARROW,
+    PIECES,
+    RATES,
+    SEEDS,
+    Entry,
+    final_bits,
+)
 from benchmarks.pages import load, metrics, table
 from pmnet.eval.longcontext import POINTS, beyond, slope
 from pmnet.report.plots import plot_longcontext
@@ -44,7 +56,8 @@ def text(root: Path) -> str:
             [root / "first" / entry.name for entry in (*MODELS, *ABLATIONS) if (root / "first" / entry.name).exists()],
         ),
         *_comparison("Attention that sees two keys and reaches 4 bytes", _stored(root, NARROW)),
-        *_writes(_stored(root, (*MODELS, *LONGER, *PIECES, *ABLATIONS, *NARROW))),
+        *_comparison("Taught to copy first, and fresh models of the same size", _stored(root, COPY_FIRST)),
+        *_writes(_stored(root, (*MODELS, *LONGER, *PIECES, *ABLATIONS, *NARROW, *COPY_FIRST))),
         *_grid(root / "grid"),
         *_speed(root / "speed.json"),
     ]
@@ -120,7 +133,7 @@ def _writes(folders: list[Path]) -> list[str]:
 
 def _grid(folder: Path) -> list[str]:
     rows = []
-    for entry in MODELS:
+    for entry in (*MODELS, *COPY_FIRST):
         cells = [folder / f"{entry.name}-{rate:g}" for rate in RATES]
         if all((cell / "metrics.jsonl").exists() for cell in cells):
             rows.append([f"`{entry.name}`", *(f"{final_bits(cell):.3f}" for cell in cells)])

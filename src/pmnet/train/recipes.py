@@ -169,6 +169,11 @@ def lm_tiny() -> Recipe:
     )  # fmt: skip
 
 
+def lm_demo() -> Recipe:
+    """A byte language model of 0.2 M parameters, the size that learns copy-paste: `--from` can begin with one that has."""
+    return replace(lm_tiny(), model=demo_model())
+
+
 def lm_small() -> Recipe:
     """A byte language model of about 25 M parameters, meant for 25 minutes of one large GPU; not run yet."""
     model = PMNetConfig(
@@ -199,7 +204,7 @@ def lm_119m() -> Recipe:
 
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
-    "lm": {"tiny": lm_tiny, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
+    "lm": {"tiny": lm_tiny, "demo": lm_demo, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
     "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "paper": paper},
     "selective-copy": {"demo": partial(demo, 16)},
     "recall": {"demo": partial(demo, 64)},
