@@ -170,7 +170,7 @@ def lm_tiny() -> Recipe:
 
 
 def lm_demo() -> Recipe:
-    """A byte language model of 0.2 M parameters, the size that learns copy-paste: `--from` can begin with one that has."""
+    """A byte language model of 0.2 M parameters: `--from` can begin it with one that has learned copy-paste."""
     return replace(lm_tiny(), model=demo_model())
 
 
