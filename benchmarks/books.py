@@ -45,6 +45,7 @@ class Entry:
         rate_of: whose learning rate it takes; its own grid if None.
         group: which comparison it belongs to, a folder.
         measured: options of `pmnet eval longcontext`: how its state is also handled, what is taken away.
+        rate: a learning rate that is given instead.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Entry:
     rate_of: str | None = None
     group: str = "models"
     measured: tuple[str, ...] = ()
+    rate: float | None = None
 
 
 MODELS = (
@@ -90,14 +92,20 @@ PIECES = tuple(
     if entry.name in ("pmnet", "no-recurrence", "mamba2")
 )
 _SMALL = ("--preset", "demo", "--window", "16", "--piece", "4096")  # the size of models/copy-paste
+_TAUGHT = ("--from", "models/copy-paste", "--piece", "4096")
 COPY_FIRST = tuple(  # one that learned copy-paste before, next to fresh ones
     Entry(name if not seed else f"{name}-{seed}", (*options, "--seed", str(seed)), name if seed else None, "copy-first")
     for seed in range(3)
     for name, options in (
         ("fresh", _SMALL),
         ("fresh-off", (*_SMALL, "--model", "no-recurrence")),
-        ("taught", ("--from", "models/copy-paste", "--piece", "4096")),
+        ("taught", _TAUGHT),
     )
+)
+SLOW = tuple(  # at the best rate of the others too little is left of what was learned
+    Entry(f"{name}-{rate:g}", (*options, "--seed", "0"), group="copy-first", rate=rate)
+    for rate in (0.003, 0.001)
+    for name, options in (("taught", _TAUGHT), ("fresh", _SMALL), ("fresh-off", (*_SMALL, "--model", "no-recurrence")))
 )
 
 
@@ -109,12 +117,12 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST)
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST, *SLOW)
     for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
-        if entry.rate_of is None:
+        if entry.rate_of is None and entry.rate is None:
             for rate in RATES:
                 _train(entry, data, to / "grid" / f"{entry.name}-{rate:g}", GRID_STEPS, rate)
-        best = best_rate(to / "grid", entry.rate_of or entry.name)
+        best = entry.rate or best_rate(to / "grid", entry.rate_of or entry.name)
         folder = to / entry.group / entry.name
         _train(entry, data, folder, STEPS[entry.group], best)
         if not (folder / "longcontext.json").exists():
