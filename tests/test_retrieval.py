@@ -18,6 +18,7 @@ from pmnet.eval.ablate import recurrence_off
 from pmnet.eval.mechanism import mechanism
 from pmnet.eval.retrieval import answers, measure, wilson
 from pmnet.eval.suite import grid, measure_cell
+from pmnet.model.load import load_model
 from pmnet.model.remote import export_code
 from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import build_optimizers, train
@@ -158,6 +159,18 @@ def test_eval_memory_stores_its_findings(tmp_path):
     stored = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert {"levels", "without", "commit", "command"} <= set(stored)
     assert (tmp_path / "out" / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_progress_of_eval_memory_ends_at_its_total(tmp_path):
+    seen, totals = 0, set()
+
+    def advance(count, total):
+        nonlocal seen
+        seen += count
+        totals.add(total)
+
+    mechanism(load_model(trained(tmp_path)), 2, 40, 3, 500, 0, advance)
+    assert {seen} == totals
 
 
 def test_muon_gets_the_linear_maps_and_nothing_else():

@@ -53,8 +53,7 @@ def retrieval_command(
         "model": network.config.to_dict(),
     }
     done: list[dict[str, Any]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         for cell in cells:
             episode = cell.problem.draw(1, torch.Generator().manual_seed(seed)).length
             passes = 2 if control and controlled(network, cell) else 1
@@ -85,7 +84,14 @@ def memory_command(
 ) -> None:
     """How copy-paste is solved: which level holds what, what letters and filler write, where they are read."""
     network = load_model(model)
-    found = mechanism(network, size, gap or 8 * network.config.receptive_field, strings, drift, seed)
+    gap = gap or 8 * network.config.receptive_field
+    with _progress() as progress:
+        bar = progress.add_task("reading", total=None)
+
+        def advance(count: int, total: int) -> None:
+            progress.update(bar, advance=count, total=total)
+
+        found = mechanism(network, size, gap, strings, drift, seed, advance)
     table = Table(title=f"the memory of {model}, strings of {size}")
     for title in ("level", "groups visited", "|theta| letters", "filler", "turned by letters", "filler", "same group"):
         table.add_column(title, justify="right")
@@ -107,6 +113,11 @@ def memory_command(
         write_json(save / "memory.json", provenance() | {"seed": seed, "size": size, "strings": strings} | found)
         plot_memory(found, save / "memory.png")
         out.print(f"saved {save / 'memory.json'} and {save / 'memory.png'}", soft_wrap=True)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _parts(text: str) -> list[str]:

@@ -3,6 +3,7 @@
 Shapes: B sequences, T columns, k letters.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,9 +17,19 @@ from pmnet.eval.retrieval import CHUNK, columns_at_once
 from pmnet.eval.traces import effective, traced
 from pmnet.model import PMNetCache, PMNetForCausalLM
 
+ROWS = 8  # streams of filler
+
 
 @torch.no_grad()
-def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drift: int, seed: int) -> dict[str, Any]:
+def mechanism(
+    model: PMNetForCausalLM,
+    length: int,
+    gap: int,
+    strings: int,
+    drift: int,
+    seed: int,
+    on_bytes: Callable[[int, int], None] = lambda n, total: None,
+) -> dict[str, Any]:
     """Everything this module measures, as JSON-able values.
 
     Args:
@@ -28,6 +39,7 @@ def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drif
         strings: episodes.
         drift: bytes of filler to stream for the drift of the state.
         seed: of the episodes.
+        on_bytes: called with the number of bytes read since the last call, and of all that will be read.
 
     Raises:
         ValueError: if the gap is within the reach of the attention: no filler is then beyond it.
@@ -40,13 +52,21 @@ def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drif
         raise ValueError(f"a gap of {gap} bytes is within the reach of attention, {model.config.receptive_field}")
     problem = CopyPaste((length, length), (gap, gap))
     episodes = problem.draw(strings, torch.Generator().manual_seed(seed))
+    taken = [f"{what} {level}" for level in range(model.config.num_levels) for what in ("state", "anchors")]
+    names, each = ["nothing", *taken], strings * episodes.length
+    total = each * (1 + len(names)) + ROWS * (drift + CHUNK)
+
+    def advance(count: int) -> None:
+        on_bytes(count, total)
+
     with traced(model) as traces:
         model(episodes.dense()[0][:, :-1], use_cache=False)
+    advance(each)
     string = slice(1, length + 1)  # COPY is column 0
     paste = length + 2 + gap
     answer = slice(paste, paste + length)  # letter j is written one column before it stands
     filler = slice(length + 2 + model.config.receptive_field, paste)
-    drifts = _drift(model, drift, seed)
+    drifts = _drift(model, drift, seed, advance)
     levels = []
     for level, (write, reads) in enumerate(traces):
         levels.append(
@@ -61,8 +81,11 @@ def mechanism(model: PMNetForCausalLM, length: int, gap: int, strings: int, drif
                 **drifts[level],
             }
         )  # fmt: skip
-    names = ["nothing", *(f"{what} {level}" for level in range(len(traces)) for what in ("state", "anchors"))]
-    return {"levels": levels, "without": {name: _without(model, episodes, length, name) for name in names}}
+    without = {}
+    for name in names:
+        without[name] = _without(model, episodes, length, name)
+        advance(each)
+    return {"levels": levels, "without": without}
 
 
 def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:
@@ -77,12 +100,14 @@ def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:
     }
 
 
-def _drift(model: PMNetForCausalLM, count: int, seed: int, rows: int = 8) -> list[dict[str, float]]:
+def _drift(model: PMNetForCausalLM, count: int, seed: int, advance: Callable[[int], None]) -> list[dict[str, float]]:
     """How far `count` bytes of random filler turn the state, once attention sees only filler, per level."""
-    filling = Filler().draw(rows, count + CHUNK, torch.Generator().manual_seed(seed))
-    cache, before = PMNetCache(model.config, rows), list[Tensor]()
+    filling = Filler().draw(ROWS, count + CHUNK, torch.Generator().manual_seed(seed))
+    cache, before = PMNetCache(model.config, ROWS), list[Tensor]()
     for start in range(0, count + CHUNK, CHUNK):
-        model(filling.columns(start, min(start + CHUNK, count + CHUNK))[0], past_key_values=cache, logits_to_keep=1)
+        ids = filling.columns(start, min(start + CHUNK, count + CHUNK))[0]
+        model(ids, past_key_values=cache, logits_to_keep=1)
+        advance(ids.numel())
         before = before or [level.clone() for level in cache.memory]
     turned = [(after - level).double() / 2**32 for level, after in zip(before, cache.memory, strict=True)]
     return [
