@@ -93,19 +93,20 @@ PIECES = tuple(
 )
 _SMALL = ("--preset", "demo", "--window", "16", "--piece", "4096")  # the size of models/copy-paste
 _TAUGHT = ("--from", "models/copy-paste", "--piece", "4096")
-COPY_FIRST = tuple(  # one that learned copy-paste before, next to fresh ones
-    Entry(name if not seed else f"{name}-{seed}", (*options, "--seed", str(seed)), name if seed else None, "copy-first")
-    for seed in range(3)
-    for name, options in (
-        ("fresh", _SMALL),
-        ("fresh-off", (*_SMALL, "--model", "no-recurrence")),
-        ("taught", _TAUGHT),
-    )
-)
-SLOW = tuple(  # at the best rate of the others too little is left of what was learned
-    Entry(f"{name}-{rate:g}", (*options, "--seed", "0"), group="copy-first", rate=rate)
-    for rate in (0.003, 0.001)
-    for name, options in (("taught", _TAUGHT), ("fresh", _SMALL), ("fresh-off", (*_SMALL, "--model", "no-recurrence")))
+COPY_FIRST = (  # one that learned copy-paste before, next to fresh ones
+    *(
+        Entry(f"{name}-{seed}" if seed else name, (*options, "--seed", str(seed)), name if seed else None, "copy-first")
+        for seed in range(3)
+        for name, options in (
+            ("fresh", _SMALL),
+            ("fresh-off", (*_SMALL, "--model", "no-recurrence")),
+            ("taught", _TAUGHT),
+        )
+    ),
+    *(  # does copying survive there?
+        Entry(f"{name}-{rate:g}", (*options, "--seed", "0"), group="copy-first", rate=rate)
+        for name, options, rate in (("taught", _TAUGHT, 0.003), ("taught", _TAUGHT, 0.001), ("fresh", _SMALL, 0.003))
+    ),
 )
 
 
@@ -117,7 +118,7 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST, *SLOW)
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST)
     for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
         if entry.rate_of is None and entry.rate is None:
             for rate in RATES:

@@ -155,3 +155,8 @@ def test_what_copying_first_gives_is_stored():
         found = bits[name]
         assert f"{words} {median(found):.3f} ({min(found):.3f} to {max(found):.3f})" in text
     assert all(off < min(other) for off, *other in zip(bits["fresh-off"], bits["fresh"], bits["taught"], strict=True))
+    for name in ("taught", "taught-0.003", "taught-0.001"):
+        stored = json.loads((books_page.ROOT / "copy-first" / name / "copy-paste.json").read_text())
+        assert {cell["distance"] for cell in stored["cells"]} == {2, 62, 248}
+        assert {(cell["strings"], cell["exact"]) for cell in stored["cells"]} == {(1000, 0.0)}
+    assert far(rows_of("copy-first", "fresh-0.003")["carried"]) < far(rows_of("copy-first", "taught-0.003")["carried"])
