@@ -49,6 +49,19 @@ def test_training_begins_with_the_weights_of_the_folder(name, dtype, tmp_path):
         assert facts["recipe"]["gap"] == small_config("deep").receptive_field
 
 
+def test_window_and_grid_may_change_because_no_weight_depends_on_them(tmp_path):
+    start, run = folder(tmp_path / "start"), tmp_path / "run"
+    code, printed = further(start, run, "--steps", 2, "--window", 5, "--phase-bits", 9)
+    assert code == 0, printed
+    before, after = (load_file(path / "model.safetensors") for path in (start, run / "model"))
+    for key, weight in before.items():
+        torch.testing.assert_close(after[key], weight, rtol=0, atol=1e-7)
+    config = small_config("deep", sliding_window=5, phase_bits=9)
+    facts = json.loads((run / "config.json").read_text())
+    assert (facts["model"]["sliding_window"], facts["model"]["phase_bits"]) == (5, 9)
+    assert facts["recipe"]["gap"] == config.receptive_field != small_config("deep").receptive_field
+
+
 def test_a_run_resumes_from_its_checkpoint_and_not_from_the_start(tmp_path):
     start, run = folder(tmp_path / "start"), tmp_path / "run"
     assert further(start, run, "--steps", 2)[0] == 0
@@ -68,8 +81,10 @@ def test_what_cannot_be_trained_further_is_named(tmp_path):
     common = ["train", "copy-paste", "--out", run]
     fails([*common, "--preset", "box-finish"], "box-finish", "--from")
     fails([*common, "--from", tmp_path / "none"], "none is not a model")
-    for option in (("--window", 3), ("--phase-bits", 4), ("--model", "llama")):
-        fails([*common, "--from", start, *option], option[0])
+    fails([*common, "--from", start, "--model", "llama"], "--model")
+    folder(tmp_path / "mamba2", "mamba2")
+    for option in (("--window", 3), ("--phase-bits", 4)):
+        fails([*common, "--from", tmp_path / "mamba2", *option], option[0], "not of a mamba2")
     AutoModelForCausalLM.from_config(small_config("deep", vocab_size=256)).save_pretrained(tmp_path / "bytes")
     fails([*common, "--from", tmp_path / "bytes"], "bytes knows 256 ids", "261")
     (start / "model.safetensors").write_bytes(b"nothing")

@@ -71,10 +71,10 @@ def train_command(
         raise ValueError(f"preset {name} is the second half of a training: give the model of the first with --from")
     if start is None:
         recipe = _fresh(recipe, task, architecture, window, phase_bits)
-    elif architecture != "pmnet" or (window, phase_bits) != (None, None):
-        raise ValueError("--model, --window and --phase-bits are of a new model, --from has its own")
+    elif architecture != "pmnet":
+        raise ValueError("--model is of a new model, --from has its own")
     else:
-        recipe = _further(recipe, start)
+        recipe = _further(recipe, start, window, phase_bits)
         architecture = recipe.model.model_type.lower()
     if not 0 < recipe.learning_rate < math.inf:
         raise ValueError(f"--learning-rate must be positive and finite, not {recipe.learning_rate}")
@@ -107,12 +107,7 @@ def train_command(
 
 def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, phase_bits: int | None) -> Recipe:
     """The recipe with its PMNet changed, or with a control of the changed one in its place."""
-    assert isinstance(recipe.model, PMNetConfig)
-    if phase_bits is not None:
-        recipe.model.phase_bits = phase_bits
-    if window is not None:
-        recipe.model.sliding_window = window
-        recipe = replace(recipe, gap=recipe.model.receptive_field)
+    recipe = _changed(recipe, window, phase_bits)
     if architecture != "pmnet":
         recipe = replace(recipe, model=control(architecture, recipe.model))
         if phase_bits is not None and not isinstance(recipe.model, PMNetConfig):
@@ -122,15 +117,30 @@ def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, pha
     return recipe
 
 
-def _further(recipe: Recipe, start: Path) -> Recipe:
-    """The recipe with the model of a folder, in float32, and its reach."""
+def _further(recipe: Recipe, start: Path, window: int | None, phase_bits: int | None) -> Recipe:
+    """The recipe with the model of a folder, in float32, and its reach; no weight depends on window or phase bits."""
     model = load_any(start).config
     if model.vocab_size <= COPY:
         raise ValueError(f"{start} knows {model.vocab_size} ids; bytes and their control ids need {COPY + 1}")
     model.dtype = "float32"
     vars(model).pop("auto_map", None)  # names code files of an exported folder, which a run folder has not
-    gap = model.receptive_field if isinstance(model, PMNetConfig) else recipe.gap
-    return replace(recipe, model=model, start=str(start), silent_reads=False, gap=gap)
+    recipe = _changed(replace(recipe, model=model, start=str(start), silent_reads=False), window, phase_bits)
+    return replace(recipe, gap=model.receptive_field) if isinstance(model, PMNetConfig) else recipe
+
+
+def _changed(recipe: Recipe, window: int | None, phase_bits: int | None) -> Recipe:
+    """The recipe with another grid, or another window and gaps beyond its reach."""
+    model = recipe.model
+    if (window, phase_bits) == (None, None):
+        return recipe
+    if not isinstance(model, PMNetConfig):
+        raise ValueError(f"--window and --phase-bits are of a PMNet, not of a {model.model_type}")
+    if phase_bits is not None:
+        model.phase_bits = phase_bits
+    if window is not None:
+        model.sliding_window = window
+        recipe = replace(recipe, gap=model.receptive_field)
+    return recipe
 
 
 def _byte_task(data: list[Path], recipe: Recipe, processes: int) -> ByteTask:
