@@ -110,3 +110,15 @@ def steps(monkeypatch):
     counted = Counted(step.library())
     monkeypatch.setattr(step, "library", lambda: counted)
     return counted
+
+
+@pytest.fixture
+def books(tmp_path):
+    """A folder of six files of random bytes, from one byte to 700."""
+    folder = tmp_path / "books"
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(3)
+    for name, size in (("a", 700), ("b", 64), ("c", 65), ("d", 333), ("e", 1), ("f", 500)):
+        data = torch.randint(1, 256, (size,), generator=generator).tolist()
+        (folder / f"{name}.txt").write_bytes(bytes(data))
+    return folder

@@ -24,17 +24,6 @@ from tests.test_training import recipe, task, weights
 MODELS = ["pmnet", "no-recurrence", "sliding-window", "mamba2"]
 
 
-@pytest.fixture
-def books(tmp_path):
-    folder = tmp_path / "books"
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(3)
-    for name, size in (("a", 700), ("b", 64), ("c", 65), ("d", 333), ("e", 1), ("f", 500)):
-        data = torch.randint(1, 256, (size,), generator=generator).tolist()
-        (folder / f"{name}.txt").write_bytes(bytes(data))
-    return folder
-
-
 def build(name: str, **changes):
     torch.manual_seed(0)
     config = small_config("period", hidden_size=64, head_dim=16, intermediate_size=96, **changes)

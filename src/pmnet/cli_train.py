@@ -18,8 +18,10 @@ from pmnet.model.tokenizer import COPY
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import exclusive, starting_point
+from pmnet.train.ladder import Ladder
 from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import train
+from pmnet.train.practice import Practice
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask, Task
 
@@ -43,6 +45,7 @@ def train_command(
     length: Annotated[int | None, typer.Option(min=2, help="Bytes of a training window (lm).")] = None,
     carry: Annotated[bool | None, typer.Option(help="Read files in order, carrying the state (lm).")] = None,
     piece: Annotated[int | None, typer.Option(min=2, help="Bytes that are read in order in one go (lm).")] = None,
+    practice: Annotated[int | None, typer.Option(min=2, help="Every so many batches, one of copy-paste (lm).")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Keys that attention sees, of a PMNet.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
@@ -63,8 +66,8 @@ def train_command(
         raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "piece": piece, "size": size,
-        "learning_rate": learning_rate, "clip": clip, "seed": seed, "precision": precision, "compile": compile,
-        "checkpoint_seconds": checkpoint_seconds,
+        "practice": practice, "learning_rate": learning_rate, "clip": clip, "seed": seed, "precision": precision,
+        "compile": compile, "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
     recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
     if recipe.finish and start is None:
@@ -78,12 +81,12 @@ def train_command(
         architecture = recipe.model.model_type.lower()
     if not 0 < recipe.learning_rate < math.inf:
         raise ValueError(f"--learning-rate must be positive and finite, not {recipe.learning_rate}")
-    if task == "lm" and size is not None:
+    if task == "lm" and size is not None and practice is None:
         raise ValueError("--size is for tasks, not for lm")
     if task != "lm" and data:
         raise ValueError(f"--data is for lm, {task} makes its own")
-    if task != "lm" and (carry, length, piece) != (None, None, None):
-        raise ValueError(f"--carry, --length and --piece are for lm, not for {task}")
+    if task != "lm" and (carry, length, piece, practice) != (None, None, None, None):
+        raise ValueError(f"--carry, --length, --piece and --practice are for lm, not for {task}")
     if task != "lm":
         recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
     starting_point(run, resume, recipe.plan())  # before the cost is measured
@@ -93,6 +96,8 @@ def train_command(
         if not data:
             raise ValueError("training a language model needs --data FILE_OR_FOLDER")
         source = _byte_task(data, recipe, processes)
+        if recipe.practice is not None:
+            source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
         if main:
             out.print(cost_line(recipe, processes), highlight=False)
     else:
@@ -149,3 +154,11 @@ def _byte_task(data: list[Path], recipe: Recipe, processes: int) -> ByteTask:
     given = (open_files(data), recipe.length, recipe.batch_size, recipe.seed)
     windows = ContiguousWindows(*given, processes, recipe.piece) if recipe.carry else RandomWindows(*given)
     return ByteTask(windows)
+
+
+def _practised(recipe: Recipe, processes: int) -> Ladder:
+    """Copy-paste beside text: as a whole if the model has been trained before, or else from the first stage up."""
+    assert recipe.practice is not None
+    gap = recipe.model.receptive_field if isinstance(recipe.model, PMNetConfig) else recipe.gap
+    part = replace(recipe, gap=gap, steps=recipe.steps // recipe.practice, finish=recipe.start is not None)
+    return build_ladder("copy-paste", part, processes)

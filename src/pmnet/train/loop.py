@@ -199,10 +199,10 @@ def _gradients(
 def loss_of(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy in nats and share of right predictions over the labels of `batch` (see `Task.batch`).
 
-    With a `carry` the model continues the state of the batch before.
+    With a `carry` the model continues the state of the batch before, in batches that say where rows restart.
     """
     labels = batch["labels"]
-    if carry is not None:
+    if carry is not None and "restart" in batch:
         logits = carry.read(batch["input_ids"], batch["restart"], model)
     else:
         mask = batch.get("attention_mask")

@@ -26,6 +26,7 @@ class Recipe:
         piece: with `carry`, bytes that a row reads in one go before it turns to another place; None: a whole file.
         size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
         gap: least filler between question and answer in training (copy-paste), the reach of the attention.
+        practice: every so many batches, one of copy-paste instead of text (files only); None: text alone.
         learning_rate: peak of the optimizer.
         silent_reads: start with memory reads that add nothing: their output maps are zero. Not the published
             initialisation; a language model learns faster with it.
@@ -52,6 +53,7 @@ class Recipe:
     piece: int | None = None
     size: int = 8
     gap: int = 15
+    practice: int | None = None
     learning_rate: float = 5e-4
     silent_reads: bool = False
     muon: bool = False
