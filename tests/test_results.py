@@ -19,6 +19,11 @@ BOX = ROOT / "models" / "copy-paste"
 BOXES = sorted((ROOT / "models").iterdir())
 
 
+def told(*pages: str) -> str:
+    """The words of some pages of documentation, single spaces between them."""
+    return " ".join(" ".join((ROOT / page).read_text() for page in pages).split())
+
+
 def test_the_retrieval_page_is_that_of_its_files():
     assert (ROOT / "results" / "retrieval" / "README.md").read_text() == retrieval.page(ROOT / "results" / "retrieval")
 
@@ -109,9 +114,9 @@ def test_the_controls_of_the_readme_are_stored():
         assert [cells[30], cells[120], cells[960]] == exact
 
 
-def test_the_other_tasks_of_the_readme_are_stored():
+def test_the_other_tasks_are_stored():
     row = r"^\| `([\w-]+)` \|[^|]*\| ([\d,]+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$"
-    rows = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(row, (ROOT / "docs" / "retrieval.md").read_text(), re.M)
     folders = {path.name: path for path in (ROOT / "results" / "retrieval" / "tasks").iterdir()}
     assert {name for name, *_ in rows} == set(folders)
     for name, steps, size, depth, *figures in rows:
@@ -126,7 +131,7 @@ def test_the_needles_in_a_novel_are_stored():
     cells = json.loads((ROOT / "results" / "retrieval" / "tasks" / "needle" / "novel.json").read_text())["cells"]
     assert {(c["size"], c["distance"]) for c in cells} == {(n, d) for n in (1024, 8192, 32768) for d in (0.1, 0.5)}
     assert all(c["exact"] == 1 and c["strings"] == 256 for c in cells)
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = told("docs/retrieval.md")
     assert "256 of 256 at 1,024, at 8,192 and at 32,768 bytes, at depths 0.1 and 0.5 alike" in text
     assert f"(95 % interval from {100 * cells[0]['low']:.1f} %)" in text
     stored = json.loads((ROOT / "results" / "retrieval" / "tasks" / "needle" / "novel-512k.json").read_text())
@@ -140,7 +145,7 @@ def test_the_needles_in_a_novel_are_stored():
 def test_the_controls_of_the_needles_are_stored():
     folder, text = (
         ROOT / "results" / "retrieval" / "needle-controls",
-        " ".join((ROOT / "README.md").read_text().split()),
+        told("docs/retrieval.md"),
     )
     cells = {
         (name, file, cell["size"], cell["distance"]): cell
@@ -162,14 +167,14 @@ def test_the_million_bytes_of_the_readme_are_stored():
     hits, low = round(cell["exact"] * cell["strings"]), 100 * cell["low"]
     quoted = f"at {cell['distance']:,.0f} bytes of random filler: {hits} of {cell['strings']} strings exact"
     quoted += f" (95 % interval from {low:.1f} %"
-    assert quoted in " ".join((ROOT / "README.md").read_text().split())
+    assert quoted in told("README.md")
 
 
-def test_the_phase_bits_of_the_readme_are_stored():
+def test_the_phase_bits_are_stored():
     root = ROOT / "results" / "retrieval"
     folders = [root / "demo" / "seed-0", *(root / "phase-bits").iterdir()]
     rows = re.findall(
-        r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$", (ROOT / "README.md").read_text(), re.M
+        r"^\| (\d+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$", (ROOT / "docs" / "retrieval.md").read_text(), re.M
     )
     assert len(rows) == len(folders)
     for folder in folders:

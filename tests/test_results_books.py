@@ -1,4 +1,4 @@
-"""What README says of the books is what is stored."""
+"""What README and docs/books.md say of the books is what is stored."""
 
 import json
 import math
@@ -9,7 +9,9 @@ from benchmarks import books_page
 from benchmarks.books import MODELS
 from pmnet.eval.longcontext import beyond
 from pmnet.model.load import load_model
-from tests.test_results import ROOT
+from tests.test_results import ROOT, told
+
+PAGES = ("README.md", "docs/books.md")
 
 
 def test_the_page_of_the_books_is_that_of_its_files():
@@ -54,7 +56,7 @@ def far(row) -> float:
 
 
 def test_what_the_readme_finds_in_the_books_is_stored():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = told(*PAGES)
     names = ("pmnet", "no-recurrence", "mamba2", "mamba2-3x", "sliding-window")
     stored = {name: rows_of("models", name) for name in names}
     base = stored["pmnet"]["carried"]
@@ -85,7 +87,7 @@ def test_what_the_readme_finds_in_the_books_is_stored():
 
 
 def test_what_more_bytes_and_pieces_give_is_stored():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = told(*PAGES)
     longer, without = rows_of("longer", "pmnet"), rows_of("longer", "no-recurrence")
     carried, reset, alone = (far(longer["carried"]), far(longer["reset every 30720"]), far(without["carried"]))
     assert f"takes {carried:.3f} bits beyond 8 KiB with its state carried, {reset:.3f} with a reset" in text
@@ -109,19 +111,20 @@ def test_what_more_bytes_and_pieces_give_is_stored():
     assert f"the model trained without it is {better[0]:.3f} and {better[1]:.3f} better" in text
 
 
-def test_the_memories_of_the_readme_are_stored():
+def test_the_memories_are_stored():
     row = r"^\| [\w ,]+ \| `([\w-]+)` \| ([\d.]+) \| ([\d.]*) \|$"
-    found = re.findall(row, (ROOT / "README.md").read_text(), re.M)
+    found = re.findall(row, (ROOT / "docs" / "books.md").read_text(), re.M)
     assert {name for name, *_ in found} == {path.name for path in (books_page.ROOT / "window-2").iterdir()}
     for name, carried, off in found:
         rows = rows_of("window-2", name)
         assert carried == f"{far(rows['carried']):.3f}"
         assert off == (f"{far(rows['recurrence off']):.3f}" if "recurrence off" in rows else "")
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = told(*PAGES)
     rows = {name: rows_of("window-2", name) for name, *_ in found}
     forgetting = [rows[name] for name in ("fading-memory", "gated-memory")]
     angles, plain = (far(rows["no-recurrence"]["carried"]) - far(row["carried"]) for row in forgetting)
     assert f"a memory of angles gives {angles:.3f} and one of plain numbers {plain:.3f}" in text
+    assert f"the memory gives {angles:.3f} bits" in text
     angles, plain = (far(row["recurrence off"]) - far(row["carried"]) for row in forgetting)
     assert f"without it they are worse by {angles:.3f} and {plain:.3f}" in text
     wide = [far(rows_of("models", name)["carried"]) for name in ("gated-memory", "no-recurrence", "flat")]
@@ -130,8 +133,8 @@ def test_the_memories_of_the_readme_are_stored():
     assert f"by {far(rows_of('models', 'flat')['recurrence off']) - wide[2]:.3f} on the same weights, and" in text
 
 
-def test_the_windows_and_bits_of_the_readme_are_stored():
-    text = (ROOT / "README.md").read_text()
+def test_the_windows_and_bits_are_stored():
+    text = (ROOT / "docs" / "books.md").read_text()
     for title, variant, preset in (("keys", "window", "16"), ("bits", "phase-bits", "7")):
         rows = rf"^\| {title} \|(.*)\|\n.*\n\| bits beyond 8,192 \|(.*)\|\n\| recurrence off \|(.*)\|$"
         found = re.search(rows, text, re.M)
@@ -146,7 +149,7 @@ def test_the_windows_and_bits_of_the_readme_are_stored():
 
 
 def test_what_copying_first_gives_is_stored():
-    text = " ".join((ROOT / "README.md").read_text().split())
+    text = told(*PAGES)
     bits = {
         name: [far(rows_of("copy-first", f"{name}{seed}")["carried"]) for seed in ("", "-1", "-2")]
         for name in ("fresh", "taught", "fresh-off")
