@@ -30,7 +30,7 @@ CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the 
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
 STEPS = {  # of 4,096 bytes
     "models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000, "pieces": 1000, "pieces-longer": 3000,
-    "copy-first": 1000,
+    "copy-first": 1000, "practice": 2000, "practice-fresh": 1000,
 }  # fmt: skip
 app = typer.Typer(add_completion=False)
 
@@ -108,6 +108,15 @@ COPY_FIRST = (  # one that learned copy-paste before, next to fresh ones
         for name, options, rate in (("taught", _TAUGHT, 0.003), ("taught", _TAUGHT, 0.001), ("fresh", _SMALL, 0.003))
     ),
 )
+PRACTICE = tuple(  # as much text and as many batches of copy-paste in between: the same model then copies and reads
+    Entry(f"{name}-{seed}", (*options, "--seed", str(seed)), group=group, rate=0.003)
+    for seed in range(3)
+    for name, options, group in (
+        ("practised", (*_TAUGHT, "--practice", "2", "--size", "16"), "practice"),
+        ("fresh", _SMALL, "practice-fresh"),
+        ("fresh-off", (*_SMALL, "--model", "no-recurrence"), "practice-fresh"),
+    )
+)
 
 
 @app.command()
@@ -118,7 +127,7 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST)
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST, *PRACTICE)
     for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
         if entry.rate_of is None and entry.rate is None:
             for rate in RATES:

@@ -24,12 +24,12 @@ class Practice:
         self.practised = False
 
     def batch(self, index: int) -> Batch:
-        """Batch `index`: of the ladder in steps n - 1, 2n - 1, ... counted from 0, or else the next one of the text."""
+        """Batch `index`: of the ladder in steps 0, n, 2n, ..., or else the next one of the text."""
         step, process = divmod(index, self.processes)
-        self.practised = step % self.every == self.every - 1
+        self.practised = step % self.every == 0
         if self.practised:
             return self.ladder.batch(index)
-        return self.text.batch((step - step // self.every) * self.processes + process)
+        return self.text.batch((step - step // self.every - 1) * self.processes + process)
 
     def observe(self, correct: float) -> None:
         """Climb, if this was practice."""
