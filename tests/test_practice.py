@@ -99,6 +99,8 @@ def test_practice_on_the_command_line(books, tmp_path):
     fails(["train", "copy-paste", "--practice", 4], "--practice")
     code, printed = run_cli([str(word) for word in (*common, "--steps", 4, "--practice", 2, "--size", 3)])
     assert code == 0, printed
+    assert "64 bytes to read" in printed  # two batches of 2 x 16
+    assert "beside 2 batches of practice" in " ".join(printed.split())
     facts = json.loads((run / "config.json").read_text())["recipe"]
     assert (facts["practice"], facts["size"]) == (2, 3)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -15,15 +15,20 @@ _ROWS, _LENGTH = 2, 256  # of the trial on a CPU
 
 
 def cost_line(recipe: Recipe, processes: int = 1) -> str:
-    """Bytes, FLOP (of a PMNet) and hours of a run on files, at the rate of a forward and backward pass measured now."""
-    total = recipe.steps * recipe.batch_size * recipe.length * processes
+    """Bytes, FLOP (of a PMNet) and hours of a run on files, at the rate of a forward and backward pass measured now.
+
+    Practice in between is not counted.
+    """
+    practice = 0 if recipe.practice is None else -(-recipe.steps // recipe.practice)
+    total = (recipe.steps - practice) * recipe.batch_size * recipe.length * processes
     rate = measured_rate(recipe) * processes
     work = ""
     if isinstance(recipe.model, PMNetConfig):
         work = f"{total * TRAINING_FACTOR * flops(recipe.model, recipe.length):.3g} FLOP, "
     hours = total / rate / 3600
     takes = f"{hours:,.2f} hours" if hours >= 0.1 else f"{3600 * hours:,.0f} seconds"
-    return f"{total:,} bytes to read, {work}about {takes} at the {rate:,.0f} bytes/s measured here"
+    beside = f", beside {practice:,} batches of practice" if practice else ""
+    return f"{total:,} bytes to read, {work}about {takes} at the {rate:,.0f} bytes/s measured here{beside}"
 
 
 def measured_rate(recipe: Recipe) -> float:
