@@ -12,6 +12,7 @@ from benchmarks.books import (
     MODELS,
     NARROW,
     PIECES,
+    PRACTICE,
     RATES,
     SEEDS,
     Entry,
@@ -57,7 +58,8 @@ def text(root: Path) -> str:
         ),
         *_comparison("Attention that sees two keys and reaches 4 bytes", _stored(root, NARROW)),
         *_comparison("Taught to copy first, and fresh models of the same size", _stored(root, COPY_FIRST)),
-        *_writes(_stored(root, (*MODELS, *LONGER, *PIECES, *ABLATIONS, *NARROW, *COPY_FIRST))),
+        *_comparison("Text and copy-paste in turns, and fresh models at the same rate", _stored(root, PRACTICE)),
+        *_writes(_stored(root, (*MODELS, *LONGER, *PIECES, *ABLATIONS, *NARROW, *COPY_FIRST, *PRACTICE))),
         *_grid(root / "grid"),
         *_speed(root / "speed.json"),
     ]

@@ -23,9 +23,10 @@ def page(root: Path) -> str:
         *_section("The model of `models/copy-paste`", _cells(root.glob("box/*/copy-paste.json"))),
         *(
             line
-            for folder in sorted(root.glob("short-gaps/*"))
+            for title in ("Short gaps", "Longer strings")
+            for folder in sorted(root.glob(f"{title.lower().replace(' ', '-')}/*"))
             for line in _section(
-                f"Short gaps: a model that is not in the box, `short-gaps/{folder.name}`",
+                f"{title}: a model that is not in the box, `{folder.parent.name}/{folder.name}`",
                 _cells(folder.glob("**/copy-paste.json")),
             )
         ),
