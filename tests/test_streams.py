@@ -227,3 +227,15 @@ def test_a_run_that_carries_its_state_resumes_to_the_bit(name, books, tmp_path, 
     (tmp_path / "cut" / "checkpoints" / "step-7" / "state.safetensors").unlink()
     with pytest.raises(ValueError, match="step-7 is damaged"):
         train(plan, source(), tmp_path / "cut", resume=True)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_workers_read_the_same_batches_ahead(processes, books):
+    files = open_files([books])
+    for windows in (RandomWindows(files, 16, 2, 1), ContiguousWindows(files, 16, 2, 1, processes)):
+        ahead = ByteTask(windows, workers=2, processes=processes)
+        for first in (1, 70):  # from the beginning of a process, across an epoch, and after a leap
+            for index in range(first, first + 12 * processes, processes):
+                mine, same = ahead.batch(index), windows.batch(index)
+                assert mine.keys() == same.keys()
+                assert all(torch.equal(mine[name], part) for name, part in same.items())

@@ -54,6 +54,7 @@ def train_command(
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of initial weights and data.")] = None,
     precision: Annotated[str | None, typer.Option(help="no (float32) or bf16 (autocast).")] = None,
     compile: Annotated[bool | None, typer.Option(help="Trace the training step with torch.compile.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read files ahead (lm).")] = 0,
     checkpoint_seconds: Annotated[float | None, typer.Option(min=0.0, help="Time between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
 ) -> None:
@@ -85,8 +86,8 @@ def train_command(
         raise ValueError("--size is for tasks, not for lm")
     if task != "lm" and data:
         raise ValueError(f"--data is for lm, {task} makes its own")
-    if task != "lm" and (carry, length, piece, practice) != (None, None, None, None):
-        raise ValueError(f"--carry, --length, --piece and --practice are for lm, not for {task}")
+    if task != "lm" and (carry, length, piece, practice, workers) != (None, None, None, None, 0):
+        raise ValueError(f"--carry, --length, --piece, --practice and --workers are for lm, not for {task}")
     if task != "lm":
         recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
     starting_point(run, resume, recipe.plan())  # before the cost is measured
@@ -95,7 +96,7 @@ def train_command(
     if task == "lm":
         if not data:
             raise ValueError("training a language model needs --data FILE_OR_FOLDER")
-        source = _byte_task(data, recipe, processes)
+        source = _byte_task(data, recipe, workers, processes)
         if recipe.practice is not None:
             source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
         if main:
@@ -148,12 +149,12 @@ def _changed(recipe: Recipe, window: int | None, phase_bits: int | None) -> Reci
     return recipe
 
 
-def _byte_task(data: list[Path], recipe: Recipe, processes: int) -> ByteTask:
+def _byte_task(data: list[Path], recipe: Recipe, workers: int, processes: int) -> ByteTask:
     if recipe.piece is not None and not recipe.carry:
         raise ValueError("--piece is for reading in order: it needs --carry")
     given = (open_files(data), recipe.length, recipe.batch_size, recipe.seed)
     windows = ContiguousWindows(*given, processes, recipe.piece) if recipe.carry else RandomWindows(*given)
-    return ByteTask(windows)
+    return ByteTask(windows, workers, processes)
 
 
 def _practised(recipe: Recipe, processes: int) -> Ladder:

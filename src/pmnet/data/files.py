@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pmnet.model.tokenizer import BOS
 
@@ -85,7 +86,7 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-class RandomWindows:
+class RandomWindows(Dataset[dict[str, Tensor]]):
     """Training batches: windows of `length` bytes drawn uniformly from all files.
 
     A window never crosses a file; a shorter file is padded at the end (label -100). Batch i is a function of the
@@ -118,3 +119,7 @@ class RandomWindows:
             ids[row, 1 : len(text)] = text[:-1]
             labels[row, : len(text)] = text
         return {"input_ids": ids, "labels": labels}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Batch `index`, for a `DataLoader` with `batch_size=None`."""
+        return self.batch(index)

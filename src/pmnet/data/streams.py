@@ -6,12 +6,13 @@ With a state that is carried from window to window this is truncated back-propag
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from pmnet.data.files import ByteFiles
 from pmnet.model.tokenizer import BOS
 
 
-class ContiguousWindows:
+class ContiguousWindows(Dataset[dict[str, Tensor]]):
     """Batches of consecutive windows of `length` bytes, documents in an order drawn anew for every epoch.
 
     All windows of an epoch, document after document, are cut into as many lanes as there are rows; a row reads its
@@ -82,3 +83,7 @@ class ContiguousWindows:
             labels[row, : len(seen)] = text[-len(seen) :]
             restart[row] = inside == 0 or step == 0
         return {"input_ids": ids, "labels": labels, "restart": restart}
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Batch `index`, for a `DataLoader` with `batch_size=None`."""
+        return self.batch(index)

@@ -3,9 +3,12 @@
 A batch is a function of the task's state and of an index alone, so a resumed run sees the same bytes.
 """
 
+from collections.abc import Iterator
+from itertools import count
 from typing import Any, Protocol
 
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from pmnet.data.files import RandomWindows
 from pmnet.data.streams import ContiguousWindows
@@ -44,15 +47,29 @@ class Task(Protocol):
 
 
 class ByteTask:
-    """Next-byte prediction on windows of files."""
+    """Next-byte prediction on windows of files.
 
-    def __init__(self, windows: RandomWindows | ContiguousWindows):
-        self.windows = windows
+    Args:
+        windows: of the files.
+        workers: processes that read batches ahead; 0 reads where a batch is asked for. The batches are the same.
+        processes: that train, and ask for every so manieth batch.
+    """
+
+    def __init__(self, windows: RandomWindows | ContiguousWindows, workers: int = 0, processes: int = 1):
+        self.windows, self.workers, self.processes = windows, workers, processes
         self.source = windows.files.digest
+        self.following = -1
+        self.ahead: Iterator[Batch] = iter(())
 
     def batch(self, index: int) -> Batch:
         """Batch `index` of the windows."""
-        return self.windows.batch(index)
+        if self.workers == 0:
+            return self.windows.batch(index)
+        if index != self.following:
+            wanted = count(index, self.processes)
+            self.ahead = iter(DataLoader(self.windows, batch_size=None, sampler=wanted, num_workers=self.workers))
+        self.following = index + self.processes
+        return next(self.ahead)
 
     def observe(self, correct: float) -> None:
         """Nothing adapts."""
