@@ -109,12 +109,12 @@ COPY_FIRST = (  # one that learned copy-paste before, next to fresh ones
     ),
 )
 PRACTICE = tuple(  # as much text and as many batches of copy-paste in between: the same model then copies and reads
-    Entry(f"{name}-{seed}", (*options, "--seed", str(seed)), group=group, rate=0.003)
+    Entry(f"{name}-{seed}", (*options, "--seed", str(seed)), group=group, measured=measured, rate=0.003)
     for seed in range(3)
-    for name, options, group in (
-        ("practised", (*_TAUGHT, "--practice", "2", "--size", "16"), "practice"),
-        ("fresh", _SMALL, "practice-fresh"),
-        ("fresh-off", (*_SMALL, "--model", "no-recurrence"), "practice-fresh"),
+    for name, options, group, measured in (
+        ("practised", (*_TAUGHT, "--practice", "2", "--size", "16"), "practice", ("--reset", "4KiB")),
+        ("fresh", _SMALL, "practice-fresh", ("--reset", "4KiB")),
+        ("fresh-off", (*_SMALL, "--model", "no-recurrence"), "practice-fresh", ()),
     )
 )
 
