@@ -1,0 +1,51 @@
+"""What docs say of longer strings, and of copying beside books, is what is stored."""
+
+import json
+import re
+from statistics import median
+
+from tests.test_results import ROOT, told
+from tests.test_results_books import far, rows_of
+
+
+def test_the_longer_strings_are_stored():
+    share = r"([\d.]+) % \(([\d.]+) %\)"
+    rows = re.findall(rf"^\| (\d+) \|{f' {share} [|]' * 4}$", (ROOT / "docs" / "retrieval.md").read_text(), re.M)
+    assert [int(size) for size, *_ in rows] == [8, 16, 20, 24, 28, 32]
+    folder = ROOT / "results" / "retrieval" / "longer-strings"
+    stored = {
+        (cell["size"], cell["distance"]): cell
+        for name in ("reach-31", "reach-63")
+        for cell in json.loads((folder / name / "copy-paste.json").read_text())["cells"]
+    }
+    for size, *figures in rows:
+        cells = [stored[int(size), distance] for distance in (62, 1984, 126, 4032)]
+        assert all(cell["strings"] == 1000 for cell in cells)
+        assert [f"{100 * cell[name]:.1f}" for cell in cells for name in ("exact", "letters")] == figures
+
+
+def test_what_copying_beside_books_gives_is_stored():
+    text = told("docs/books.md")
+    practised = [rows_of("practice", f"practised-{seed}") for seed in range(3)]
+    fresh = [rows_of("practice-fresh", f"fresh-{seed}") for seed in range(3)]
+    without = [rows_of("practice-fresh", f"fresh-off-{seed}") for seed in range(3)]
+    for words, rows, mode in (
+        ("practised, state carried", practised, "carried"),
+        ("practised, reset every 4 KiB", practised, "reset every 4096"),
+        ("practised, recurrence off", practised, "recurrence off"),
+        ("fresh, state carried", fresh, "carried"),
+        ("fresh, reset every 4 KiB", fresh, "reset every 4096"),
+        ("fresh, recurrence off", fresh, "recurrence off"),
+        ("trained without recurrence", without, "carried"),
+    ):
+        bits = [far(row[mode]) for row in rows]
+        assert f"| {words} | {median(bits):.3f} | {min(bits):.3f} to {max(bits):.3f} |" in text
+    exact: dict[tuple[int, float], list[float]] = {}
+    for seed in range(3):
+        folder = ROOT / "results" / "books" / "practice" / f"practised-{seed}"
+        for cell in json.loads((folder / "copy-paste.json").read_text())["cells"]:
+            assert cell["strings"] == 1000
+            exact.setdefault((cell["size"], cell["distance"]), []).append(100 * cell["exact"])
+    for size, distance in ((8, 62), (8, 1984), (16, 62)):
+        shares = exact[size, distance]
+        assert f"{median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})" in text
