@@ -30,7 +30,7 @@ CLOSE = 0.05  # bits per byte: of rates no further than this from the best, the 
 GRID_STEPS = 100  # 0.4 MB to choose a learning rate
 STEPS = {  # of 4,096 bytes
     "models": 1000, "window-2": 500, "seed-1": 1000, "longer": 3000, "pieces": 1000, "pieces-longer": 3000,
-    "copy-first": 1000, "practice": 2000, "practice-fresh": 1000,
+    "copy-first": 1000, "practice": 2000, "practice-fresh": 1000, "spans": 1000,
 }  # fmt: skip
 app = typer.Typer(add_completion=False)
 
@@ -91,6 +91,12 @@ PIECES = tuple(
     for entry in MODELS
     if entry.name in ("pmnet", "no-recurrence", "mamba2")
 )
+SPANS = tuple(  # how far gradients go back: as many bytes to a step, in windows of other lengths
+    Entry(f"{name}-{length}", ("--model", name, "--piece", "4096", "--length", str(length),
+                               "--batch-size", str(4096 // length)), name, "spans", ("--reset", "4KiB"))
+    for length in (64, 1024, 4096)
+    for name in ("pmnet", "no-recurrence")
+)  # fmt: skip
 _SMALL = ("--preset", "demo", "--window", "16", "--piece", "4096")  # the size of models/copy-paste
 _TAUGHT = ("--from", "models/copy-paste", "--piece", "4096")
 COPY_FIRST = (  # one that learned copy-paste before, next to fresh ones
@@ -127,7 +133,7 @@ def run(
     length: Annotated[str, typer.Option(help="Bytes of each book in the evaluation.")] = "128KiB",
 ) -> None:
     """Train and measure, skipping what is there."""
-    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *COPY_FIRST, *PRACTICE)
+    entries = (*MODELS, *ABLATIONS, *NARROW, *SEEDS, *LONGER, *PIECES, *SPANS, *COPY_FIRST, *PRACTICE)
     for entry in (entry for entry in entries if fnmatch(f"{entry.group}/{entry.name}", only)):
         if entry.rate_of is None and entry.rate is None:
             for rate in RATES:
