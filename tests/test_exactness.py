@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 import pmnet
 from pmnet.ops import row_stable_linear, use_backend
-from pmnet.ops.linear import library_sums_in_order
 from tests.conftest import SHAPES, assert_same_state, random_ids, read, small_model
 
 MODELS = {(shape, attention): small_model(shape, attn_implementation=attention)
@@ -49,18 +48,6 @@ def test_a_linear_row_does_not_depend_on_the_number_of_rows(depth, width, thread
         assert relative(whole, torch.nn.functional.linear(x.double(), weight.double())) < 1e-6
     finally:
         torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_default_dtype_does_not_matter_to_the_kernels(dtype):
-    """The check of the matrix library draws float32, whatever new tensors are by default."""
-    before = library_sums_in_order()
-    library_sums_in_order.cache_clear()
-    torch.set_default_dtype(dtype)
-    try:
-        assert library_sums_in_order() == before
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])

@@ -154,9 +154,9 @@ def test_write_gradient_of_padding_stays_there():
         assert torch.equal(a[valid], b[valid])
 
 
-def read_problem(batch, length, slots, size, heads, scale, dtype):
+def read_problem(batch, length, slots, size, heads, scale, dtype, seed=3):
     """Inputs of a read and its upstream gradient; queries before tanh are about as large as `scale`, keys at most 4."""
-    random = torch.Generator().manual_seed(3)
+    random = torch.Generator().manual_seed(seed)
     field = 2 * torch.randn(batch, length, slots, size, generator=random)
     query = scale * torch.randn(batch, length, heads, size, generator=random)
     geometry = torch.cat([field.sin(), field.cos()], dim=-1)
@@ -182,29 +182,34 @@ def plain_read(query, geometry, weight, bias, upstream):
 @pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])  # of angles before tanh: tiny, ordinary, saturated
 @pytest.mark.parametrize("shape", READS)
 def test_read(shape, scale, dtype):
-    *inputs, upstream = read_problem(*shape, scale, dtype)
-    mixed, attention = read_forward(*inputs)
-    assert mixed.dtype == dtype
-    assert attention.dtype == torch.float32
-    gradients = read_backward(upstream, *inputs, attention, chunk=50)
-    assert all(g.dtype == dtype for g in gradients)
+    found = []
+    for seed in range(16 if shape[:2] == (1, 1) else 1):  # the error of one position is a matter of luck
+        *inputs, upstream = read_problem(*shape, scale, dtype, seed)
+        mixed, attention = read_forward(*inputs)
+        assert mixed.dtype == dtype
+        assert attention.dtype == torch.float32
+        gradients = read_backward(upstream, *inputs, attention, chunk=50)
+        assert all(g.dtype == dtype for g in gradients)
+        truth = plain_read(*(x.double() for x in (*inputs, upstream)))
+        found.append(((mixed, attention, *gradients), plain_read(*inputs, upstream), truth))
+    names = ("mixed", "attention", "query", "geometry", "key weight", "key bias")
     assert_within_budget(
-        ("mixed", "attention", "query", "geometry", "key weight", "key bias"),
-        (mixed, attention, *gradients),
-        plain_read(*inputs, upstream),
-        plain_read(*(x.double() for x in (*inputs, upstream))),
+        names, *([torch.stack(each) for each in zip(*kind, strict=True)] for kind in zip(*found, strict=True))
     )
 
 
 def test_read_of_a_position_does_not_depend_on_the_others():
-    query, geometry, weight, bias, upstream = read_problem(*READS[0], 1.0, torch.float32)
-    whole = read_forward(query, geometry, weight, bias)
-    part = read_forward(query[1:, 5:], geometry[1:, 5:], weight, bias)
-    for a, b in zip(whole, part, strict=True):
-        assert torch.equal(a[1:, 5:], b)
-    gradients = read_backward(upstream, query, geometry, weight, bias, whole[1])
-    again = read_backward(upstream[1:, 5:], query[1:, 5:], geometry[1:, 5:], weight, bias, part[1])
-    assert torch.equal(gradients[0][1:, 5:], again[0])
+    *inputs, weight, bias, upstream = read_problem(*READS[0], 1.0, torch.float32)
+    *others, _, _, other_upstream = read_problem(*READS[0], 3.0, torch.float32, seed=4)
+    for mine, other in zip((*inputs, upstream), (*others, other_upstream), strict=True):
+        other[1, 5:] = mine[1, 5:]
+    whole, beside_others = (read_forward(*pair, weight, bias) for pair in (inputs, others))
+    for a, b in zip(whole, beside_others, strict=True):
+        assert torch.equal(a[1, 5:], b[1, 5:])
+        assert not torch.equal(a[1, :5], b[1, :5])
+    gradients = read_backward(upstream, *inputs, weight, bias, whole[1])
+    again = read_backward(other_upstream, *others, weight, bias, beside_others[1])
+    assert torch.equal(gradients[0][1, 5:], again[0][1, 5:])
 
 
 def test_wrong_input_is_named():

@@ -23,7 +23,7 @@ from pmnet.model.block import PMNetBlock, SwiGLU
 from pmnet.model.cache import PMNetCache, Ring
 from pmnet.ops import Int8Linear, Linear, RMSNorm, native
 from pmnet.ops.backend import direct
-from pmnet.ops.linear import library_sums_in_order, plain
+from pmnet.ops.linear import plain
 from pmnet.ops.native import library
 from pmnet.ops.phase import MOST_SLOTS
 
@@ -114,7 +114,7 @@ def _applies(
     position_ids: Tensor | None,
     cache: PMNetCache,
 ) -> bool:
-    if not direct(hidden) or not native(hidden) or not library_sums_in_order():
+    if not direct(hidden) or not native(hidden):
         return False
     if config._attn_implementation not in ("eager", "sdpa") or config.num_memory > MOST_SLOTS:
         return False

@@ -40,7 +40,9 @@ def address(query: Tensor, keys: Tensor) -> Tensor:
     if backend.native(query, keys) and alike and keys.shape[2] <= MOST_SLOTS:
         return _address(query, keys)
     difference = to_angle(query).unsqueeze(2) - to_angle(keys)
-    return (torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=2)
+    scores = torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])
+    # over the last dimension: over another, the bits of some processors depend on the number of positions
+    return scores.transpose(2, 3).softmax(dim=-1).transpose(2, 3)
 
 
 def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:

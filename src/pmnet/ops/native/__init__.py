@@ -33,7 +33,7 @@ _SIGNATURES = {
     "rotary_table": [_POINTER] * 3 + [_INT] * 2 + [ctypes.c_double],
     "silu_product": [_POINTER] * 3 + [_INT],
     "silu_product_backward": [_POINTER] * 5 + [_INT],
-    "linear_few_rows": [_POINTER] * 5 + [_INT] * 3,
+    "linear": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4],
     "window_attention": [_POINTER] * 5 + [_INT] * 7 + [_FLOAT],
     "window_attention_backward": [_POINTER] * 8 + [_INT] * 7 + [_FLOAT],
     "address": [_POINTER] * 4 + [_INT] * 4,

@@ -7,17 +7,16 @@
 #include "kernels.h"
 #include "products.h"
 
-constexpr int64_t TILE = 8;  // queries of one product
+constexpr int64_t TILE = TILE_ROWS;  // queries of one product
 
 // panel[e][j] = rows[j][e]
 static void transpose_rows(const float* rows, int64_t count, int64_t stride, int64_t width, float* panel, int64_t columns) {
-    for (int64_t j = 0; j < count; j += LANES)
-        for (int64_t e = 0; e < width; e += LANES) {
-            v16 block[LANES];
-            for (int i = 0; i < LANES; i++) block[i] = j + i < count ? load(rows + (j + i) * stride + e, width - e) : v16{};
-            transpose16(block);
-            for (int i = 0; i < LANES; i++)
-                if (e + i < width) store(panel + (e + i) * columns + j, block[i]);
+    for (int64_t j = 0; j < count; j += WIDTH)
+        for (int64_t e = 0; e < width; e += WIDTH) {
+            vf block[WIDTH] = {};
+            for (int i = 0; i < WIDTH && j + i < count; i++) read(rows + (j + i) * stride + e, &block[i], width - e);
+            transpose(block);
+            for (int i = 0; i < WIDTH && e + i < width; i++) write(panel + (e + i) * columns + j, block[i]);
         }
 }
 // packed[j][e] = rows[j][e], e padded with zeros
@@ -32,16 +31,11 @@ static void window_softmax(float* row, int64_t begin, int64_t end, int64_t first
     float* s = row + first + window - span;
     v16 top = splat(-__builtin_inff());
     for (int64_t j = 0; j < span; j += LANES) {
-        v16 v = load(s + j, span - j);
-        for (int l = 0; span - j < LANES && l < LANES; l++)
-            if (l >= span - j) v[l] = -__builtin_inff();
-        top = greater(top, v);
+        top = greater(top, keep(load(s + j, span - j), span - j, -__builtin_inff()));
     }
     v16 total{}, shift = splat(-greatest(top) * scale), factor = splat(scale);
     for (int64_t j = 0; j < span; j += LANES) {
-        v16 w = exp(fma(load(s + j, span - j), factor, shift));
-        for (int l = 0; span - j < LANES && l < LANES; l++)
-            if (l >= span - j) w[l] = 0;
+        v16 w = keep(exp(fma(load(s + j, span - j), factor, shift)), span - j, 0.f);
         total += w;
         store(s + j, w, span - j);
     }
@@ -69,10 +63,10 @@ static void attend_block(const Shape& s, Desk& w, const float* query, const floa
         for (int64_t t = 0; t < count; t += TILE) {
             int64_t rows = count - t < TILE ? count - t : TILE, end = rows + s.window - 1, at = t * step + h * s.width;
             int64_t wide = (end + LANES - 1) / LANES * LANES;
-            strip<false>(rows, query + at, step, 1, w.keys_t.data() + t, columns, w.weights.data(), columns, s.width, wide);
+            strip(Product{step, 1, columns, columns, s.width, false}, rows, query + at, w.keys_t.data() + t, w.weights.data(), wide);
             for (int64_t i = 0; i < rows; i++)
                 window_softmax(w.weights.data() + i * columns, 0, end, i, s.window, span[t + i], s.scale);
-            strip<false>(rows, w.weights.data(), columns, 1, w.values.data() + t * padded, padded, w.out.data(), padded, end, padded);
+            strip(Product{columns, 1, padded, padded, end, false}, rows, w.weights.data(), w.values.data() + t * padded, w.out.data(), padded);
             for (int64_t i = 0; i < rows; i++) memcpy(out + at + i * step, w.out.data() + i * padded, s.width * sizeof(float));
         }
 }
@@ -130,8 +124,8 @@ void window_attention_backward(
                             int64_t wide = (end + LANES - 1) / LANES * LANES, step = s.heads * s.width;
                             int64_t at = ((b * s.length + start + t) * s.heads + h) * s.width;
                             float *p = w.weights.data(), *d = w.slopes.data();
-                            strip<false>(rows, query + at, step, 1, w.keys_t.data() + t, columns, p, columns, s.width, wide);
-                            strip<false>(rows, upstream + at, step, 1, w.values_t.data() + t, columns, d, columns, s.width, wide);
+                            strip(Product{step, 1, columns, columns, s.width, false}, rows, query + at, w.keys_t.data() + t, p, wide);
+                            strip(Product{step, 1, columns, columns, s.width, false}, rows, upstream + at, w.values_t.data() + t, d, wide);
                             for (int64_t i = 0; i < rows; i++) {
                                 float *row = p + i * columns, *slope = d + i * columns;
                                 window_softmax(row, 0, wide, i, s.window, span[b % s.span_rows * s.length + start + t + i], s.scale);
@@ -143,9 +137,9 @@ void window_attention_backward(
                             }
                             copy_rows(query + at, rows, step, s.width, w.query.data(), padded);
                             copy_rows(upstream + at, rows, step, s.width, w.upstream.data(), padded);
-                            strip<true>(end, p, 1, columns, w.upstream.data(), padded, sum_values.data() + t * padded, padded, rows, padded);
-                            strip<true>(end, d, 1, columns, w.query.data(), padded, sum_keys.data() + t * padded, padded, rows, padded);
-                            strip<false>(rows, d, columns, 1, w.keys.data() + t * padded, padded, w.out.data(), padded, end, padded);
+                            strip(Product{1, columns, padded, padded, rows, true}, end, p, w.upstream.data(), sum_values.data() + t * padded, padded);
+                            strip(Product{1, columns, padded, padded, rows, true}, end, d, w.query.data(), sum_keys.data() + t * padded, padded);
+                            strip(Product{columns, 1, padded, padded, end, false}, rows, d, w.keys.data() + t * padded, w.out.data(), padded);
                             for (int64_t i = 0; i < rows; i++) memcpy(grad_query + at + i * step, w.out.data() + i * padded, s.width * sizeof(float));
                         }
                     for (int64_t j = 0; j < seen; j++)

@@ -22,8 +22,8 @@ struct Weight {
     int64_t inputs, outputs;
 };
 
-// y [R, O] = x W^T + b; lines of x and y start ldx and ldy apart
-void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows);
+// y [S, O] = x W^T + b; lines of x and y start ldx and ldy apart
+void linear(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows);
 
 struct Shape {
     int64_t batch, length, heads, kv_heads, width, window, span_rows;

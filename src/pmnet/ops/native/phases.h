@@ -30,10 +30,7 @@ static inline void address_head(const float* query, const float* keys, const flo
         int64_t left = size - m;
         v16 q = tanh(load(query + m, left));
         for (int64_t n = 0; n < slots; n++) {
-            v16 c = cosine_pi(q - half_turns(keys + n * stride, bias, m, left));
-            for (int l = 0; left < LANES && l < LANES; l++)
-                if (l >= left) c[l] = 0;
-            total[n] += c;
+            total[n] += keep(cosine_pi(q - half_turns(keys + n * stride, bias, m, left)), left, 0.f);
         }
     }
     float scale = 1.f / __builtin_sqrtf((float)size);
@@ -61,11 +58,27 @@ static inline void geometry_row(const float* field, const float* anchor, float* 
     }
 }
 
-// One rotation: round(p * theta / 2pi * 2^bits), in turns of 2^32; what is not finite is zero.
-static inline int32_t turns(float weight, float angle, double steps, int shift) {
-    double x = __builtin_rint((double)(weight * angle) * steps);
-    x = __builtin_fabs(x) < 9e15 ? x : 0.0;
-    return (int32_t)((uint32_t)(int64_t)x << shift);
+// Half a register of floats, as many doubles, and integers of both sizes.
+constexpr int HALF_WIDTH = WIDTH / 2;
+typedef float hf __attribute__((vector_size(2 * WIDTH)));
+typedef int32_t hi __attribute__((vector_size(2 * WIDTH)));
+typedef double hd __attribute__((vector_size(4 * WIDTH)));
+typedef int64_t hl __attribute__((vector_size(4 * WIDTH)));
+
+// Rotations round(p * theta / 2pi * 2^bits), in turns of 2^32, of a multiple of HALF_WIDTH angles; what is not finite is zero.
+static inline void turns(float weight, const float* theta, int64_t count, int64_t bits, int32_t* delta) {
+    const double steps = __builtin_ldexp(1.0, bits) / 6.283185307179586476925, turn = __builtin_ldexp(1.0, bits), part = __builtin_ldexp(1.0, -bits);
+    const hd integer = 6755399441055744.0 - hd{};  // 1.5 * 2^52: a sum with it is rounded to an integer, which its last bits are
+    const int shift = 32 - bits;
+    for (int64_t m = 0; m < count; m += HALF_WIDTH) {
+        hf angle;
+        memcpy(&angle, theta + m, sizeof angle);
+        hd x = __builtin_convertvector(angle * weight, hd) * steps;
+        x = (x < 9e15 - hd{}) & (x > hd{} - 9e15) ? x : hd{};
+        x -= ((x * part + integer) - integer) * turn;  // whole turns, exactly
+        hi n = __builtin_convertvector((hl)(x + integer), hi) << shift;
+        memcpy(delta + m, &n, sizeof n);
+    }
 }
 
 constexpr double RADIANS = 6.283185307179586476925 / 4294967296.0;

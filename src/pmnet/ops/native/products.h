@@ -2,79 +2,86 @@
 #pragma once
 #include "vector.h"
 
+// One tile of a product, as many sums as there are registers for.
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 8, TILE_VECTORS = 3;
+#elif defined(__AVX__)
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;
+#else
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 4;
+#endif
+constexpr int TILE_COLUMNS = TILE_VECTORS * WIDTH;
 
-// One round of `transpose16`: blocks of STEP lanes change places between lines STEP apart.
+// One round of `transpose`: blocks of STEP lanes change places between lines STEP apart.
 template <int STEP>
-static inline void exchange(v16* x, i16 low, i16 high) {
-    for (int i = 0; i < LANES; i++)
+static inline void exchange(vf* x) {
+    const vi low = (LANE & STEP) != 0 ? LANE + (WIDTH - STEP) : LANE, high = (LANE & STEP) != 0 ? LANE + WIDTH : LANE + STEP;
+    for (int i = 0; i < WIDTH; i++)
         if (!(i & STEP)) {
-            v16 a = x[i], b = x[i + STEP];
+            vf a = x[i], b = x[i + STEP];
             x[i] = __builtin_shuffle(a, b, low);
             x[i + STEP] = __builtin_shuffle(a, b, high);
         }
 }
 
-// In place: line i of 16 becomes column i, by exchanging halves, quarters, pairs and neighbours.
-static inline void transpose16(v16* x) {
-    {
-        const i16 low = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
-        const i16 high = {8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31};
-        exchange<8>(x, low, high);
+// In place: line i of WIDTH becomes column i. First blocks of 4 x 4, which need no lane of another block of four; then
+// the blocks change places.
+static inline void transpose(vf* x) {
+    const vi block = LANE & ~3, at = LANE & 3, half = at >> 1;
+    const vi from_low = block + half + (at & 1) * WIDTH, from_high = from_low + 2;        // a0 b0 a1 b1, a2 b2 a3 b3
+    const vi first = block + (at & 1) + half * WIDTH, second = first + 2;                 // a0 a1 b0 b1, a2 a3 b2 b3
+    for (int i = 0; i < WIDTH; i += 4) {
+        vf a = __builtin_shuffle(x[i], x[i + 1], from_low), b = __builtin_shuffle(x[i], x[i + 1], from_high);
+        vf c = __builtin_shuffle(x[i + 2], x[i + 3], from_low), d = __builtin_shuffle(x[i + 2], x[i + 3], from_high);
+        x[i] = __builtin_shuffle(a, c, first), x[i + 1] = __builtin_shuffle(a, c, second);
+        x[i + 2] = __builtin_shuffle(b, d, first), x[i + 3] = __builtin_shuffle(b, d, second);
     }
-    {
-        const i16 low = {0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27};
-        const i16 high = {4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31};
-        exchange<4>(x, low, high);
-    }
-    {
-        const i16 low = {0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29};
-        const i16 high = {2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31};
-        exchange<2>(x, low, high);
-    }
-    {
-        const i16 low = {0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30};
-        const i16 high = {1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31};
-        exchange<1>(x, low, high);
-    }
+    if constexpr (WIDTH > 4) exchange<4>(x);
+    if constexpr (WIDTH > 8) exchange<8>(x);
 }
 
-// C[i][j] = (add ? C[i][j] : 0) + sum_k A[i][k] B[k][j] for a tile of ROWS x 16 COLUMNS; the sum starts at zero.
-template <int ROWS, int COLUMNS, bool ADD>
-static inline void tile(const float* a, int64_t row_a, int64_t step_a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
-    v16 total[ROWS][COLUMNS] = {};
-    for (int64_t k = 0; k < depth; k++) {
-        v16 line[COLUMNS];
-        for (int j = 0; j < COLUMNS; j++) line[j] = load(b + k * ldb + j * LANES);
+// A product as wide as it likes: A[i][k] stands at a[i * row_a + k * step_a], B and C in lines ldb and ldc apart. With
+// `add`, sums are added to what stands in C; bias, if any, comes last.
+struct Product {
+    int64_t row_a, step_a, ldb, ldc, depth;
+    bool add;
+};
+
+// ROWS x VECTORS registers of C, of which the first `columns` lanes are written.
+template <int ROWS, int VECTORS>
+static inline void tile(const Product& p, const float* a, const float* b, float* c, int64_t columns, const float* bias) {
+    vf total[ROWS][VECTORS] = {};
+    for (int64_t k = 0; k < p.depth; k++) {
+        vf line[VECTORS];
+        for (int j = 0; j < VECTORS; j++) read(b + k * p.ldb + j * WIDTH, &line[j]);
         for (int i = 0; i < ROWS; i++) {
-            v16 x = splat(a[i * row_a + k * step_a]);
-            for (int j = 0; j < COLUMNS; j++) total[i][j] = fma(x, line[j], total[i][j]);
+            vf x = a[i * p.row_a + k * p.step_a] - vf{};
+            for (int j = 0; j < VECTORS; j++) total[i][j] = fma(x, line[j], total[i][j]);
         }
     }
     for (int i = 0; i < ROWS; i++)
-        for (int j = 0; j < COLUMNS; j++) {
-            float* at = c + i * ldc + j * LANES;
-            store(at, ADD ? load(at) + total[i][j] : total[i][j]);
+        for (int j = 0; j < VECTORS; j++) {
+            int64_t left = columns - j * WIDTH;
+            float* at = c + i * p.ldc + j * WIDTH;
+            vf v = total[i][j], other;
+            if (p.add) read(at, &other, left), v = other + v;
+            if (bias) read(bias + j * WIDTH, &other, left), v += other;
+            write(at, v, left);
         }
 }
 
-template <int ROWS, bool ADD>
-static inline void line_of_tiles(const float* a, int64_t row_a, int64_t step_a, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth,
-                                 int64_t columns) {
-    int64_t j = 0;
-    for (; j + 48 <= columns && columns - j != 64; j += 48) tile<ROWS, 3, ADD>(a, row_a, step_a, b + j, ldb, c + j, ldc, depth);
-    for (; j + 32 <= columns; j += 32) tile<ROWS, 2, ADD>(a, row_a, step_a, b + j, ldb, c + j, ldc, depth);
-    for (; j < columns; j += 16) tile<ROWS, 1, ADD>(a, row_a, step_a, b + j, ldb, c + j, ldc, depth);
+// Any number of rows of one tile's width or less.
+template <int VECTORS>
+static inline void panel(const Product& p, int64_t rows, const float* a, const float* b, float* c, int64_t columns, const float* bias) {
+    int64_t i = 0;
+    for (; i + TILE_ROWS <= rows; i += TILE_ROWS) tile<TILE_ROWS, VECTORS>(p, a + i * p.row_a, b, c + i * p.ldc, columns, bias);
+    for (; i + 4 <= rows; i += 4) tile<4, VECTORS>(p, a + i * p.row_a, b, c + i * p.ldc, columns, bias);
+    for (; i < rows; i++) tile<1, VECTORS>(p, a + i * p.row_a, b, c + i * p.ldc, columns, bias);
 }
 
-// Any number of rows, and of columns that is a multiple of 16. A[i][k] stands at a[i * row_a + k * step_a].
-template <bool ADD>
-static inline void strip(int64_t rows, const float* a, int64_t row_a, int64_t step_a, const float* b, int64_t ldb, float* c, int64_t ldc,
-                         int64_t depth, int64_t columns) {
-    while (rows > 0) {
-        int64_t done = rows >= 8 ? 8 : rows >= 4 ? 4 : 1;
-        if (done == 8) line_of_tiles<8, ADD>(a, row_a, step_a, b, ldb, c, ldc, depth, columns);
-        if (done == 4) line_of_tiles<4, ADD>(a, row_a, step_a, b, ldb, c, ldc, depth, columns);
-        if (done == 1) line_of_tiles<1, ADD>(a, row_a, step_a, b, ldb, c, ldc, depth, columns);
-        rows -= done, a += done * row_a, c += done * ldc;
-    }
+// Any number of rows, and of columns that is a multiple of 16.
+static inline void strip(const Product& p, int64_t rows, const float* a, const float* b, float* c, int64_t columns) {
+    int64_t j = 0;
+    for (; j + TILE_COLUMNS <= columns; j += TILE_COLUMNS) panel<TILE_VECTORS>(p, rows, a, b + j, c + j, TILE_COLUMNS, nullptr);
+    for (; j < columns; j += LANES) panel<LANES / WIDTH>(p, rows, a, b + j, c + j, LANES, nullptr);
 }

@@ -2,7 +2,6 @@
 //
 // Shapes: B sequences, T positions, G groups of the level, N slots, M phases. On a CPU the recurrence itself is the
 // fastest scan: a thread walks along one sequence with 32 phases of every slot, whose state stays in its cache.
-#include <vector>
 #include "kernels.h"
 #include "phases.h"
 
@@ -11,9 +10,7 @@ constexpr int64_t PART = 32;  // phases of one walk
 // theta = pi * tanh(raw); delta = rounded p * theta; the state of the visited group turns by delta. See phase_write.
 void turn(const float* weights, const float* raw, const int64_t* groups, const int64_t* documents, const bool* valid, int32_t* memory,
           float* angle, const Scan& s) {
-    double steps = __builtin_ldexp(1.0, s.bits) / 6.283185307179586476925;
-    int shift = 32 - s.bits;
-    int64_t part = PART, parts = (s.size + part - 1) / part;
+    int64_t part = s.batch * s.size > PART ? PART : LANES, parts = (s.size + part - 1) / part;
 #pragma omp parallel for collapse(2) if (s.batch * s.length * s.slots * s.size > 4096)
     for (int64_t b = 0; b < s.batch; b++)
         for (int64_t block = 0; block < parts; block++) {
@@ -25,20 +22,16 @@ void turn(const float* weights, const float* raw, const int64_t* groups, const i
                     document = documents[t];
                     for (int64_t row = 0; row < s.groups * s.slots; row++) memset(state + row * s.size, 0, count * sizeof(int32_t));
                 }
-                float theta[PART];
+                float theta[PART] = {};
                 for (int64_t m = 0; m < count; m += LANES) store(theta + m, tanh(load(raw + t * s.size + from + m, count - m)) * splat(PI));
                 for (int64_t n = 0; n < s.slots; n++) {
-                    int32_t* slot = state + (groups[t] * s.slots + n) * s.size;
+                    int32_t delta[PART], *slot = state + (groups[t] * s.slots + n) * s.size;
                     float* out = angle + (t * s.slots + n) * s.size + from;
-                    float p = weights[t * s.slots + n];
-                    if (s.cumulative && real)
-                        for (int64_t m = 0; m < count; m++) {
-                            int32_t after = (int32_t)((uint32_t)slot[m] + (uint32_t)turns(p, theta[m], steps, shift));
-                            slot[m] = after;
-                            out[m] = (float)(after * RADIANS);
-                        }
-                    else
-                        for (int64_t m = 0; m < count; m++) out[m] = (float)(turns(p, theta[m], steps, shift) * RADIANS);
+                    turns(weights[t * s.slots + n], theta, part, s.bits, delta);
+                    if (s.cumulative && real) {
+                        for (int64_t m = 0; m < count; m++) slot[m] = delta[m] = (int32_t)((uint32_t)slot[m] + (uint32_t)delta[m]);
+                    }
+                    for (int64_t m = 0; m < count; m++) out[m] = (float)(delta[m] * RADIANS);
                 }
             }
         }
@@ -99,15 +92,18 @@ void phase_write_backward(const float* weights, const float* raw, const int64_t*
                     for (int64_t n = 0; n < slots; n++) {
                         const float* up = upstream + (t * slots + n) * size + from;
                         double* sum_of = sums.data() + (groups[t] * slots + n) * part;
-                        float p = weights[t * slots + n], dot[LANES] = {};
+                        float d[PART] = {};
                         for (int64_t m = 0; m < count; m++) {
                             double g = up[m];
                             if (cumulative && real) g = sum_of[m] += g;
-                            float d = (float)(g * factor);
-                            total[m] = __builtin_fmaf(d, p, total[m]);
-                            dot[m % LANES] = __builtin_fmaf(d, theta[m], dot[m % LANES]);
+                            d[m] = (float)(g * factor);
                         }
-                        grad_weights[(block * batch * length + t) * slots + n] = sum(load(dot));
+                        v16 p = splat(weights[t * slots + n]), dot{};
+                        for (int64_t m = 0; m < part; m += LANES) {
+                            store(total + m, fma(load(d + m), p, load(total + m)));
+                            dot = fma(load(d + m), load(theta + m), dot);
+                        }
+                        grad_weights[(block * batch * length + t) * slots + n] = sum(dot);
                     }
                     for (int64_t m = 0; m < count; m++) grad_raw[t * size + from + m] = total[m] * slope[m];
                 }

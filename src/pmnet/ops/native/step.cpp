@@ -34,7 +34,7 @@ using Floats = std::vector<float>;
 
 static void apply(const Floats& x, const Linear& w, Floats& y, int64_t inputs, int64_t outputs) {
     y.resize(x.size() / inputs * outputs);
-    few_rows(x.data(), inputs, Weight{w.values, w.scale, w.bias, inputs, outputs}, y.data(), outputs, x.size() / inputs);
+    linear(x.data(), inputs, Weight{w.values, w.scale, w.bias, inputs, outputs}, y.data(), outputs, x.size() / inputs);
 }
 
 static Floats normed(const float* x, const float* weight, const Model& m) {
@@ -123,7 +123,7 @@ static Floats read(const Floats& h, const Layer& layer, const Floats& geometry, 
         }
     for (int64_t r = 0; r < m.read_heads; r++) {
         Linear w = rows_from(layer.read_keys, wide + r * m.size, 2 * m.size);
-        few_rows(mixed.data() + r * 2 * m.size, m.read_heads * 2 * m.size, Weight{w.values, w.scale, w.bias, 2 * m.size, m.size},
+        linear(mixed.data() + r * 2 * m.size, m.read_heads * 2 * m.size, Weight{w.values, w.scale, w.bias, 2 * m.size, m.size},
                  values.data() + r * m.size, wide, m.rows);
     }
     apply(values, layer.read_out, y, wide, m.hidden);

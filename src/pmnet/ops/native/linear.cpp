@@ -1,0 +1,196 @@
+// y = x W^T + b, with rows that do not depend on their number.
+//
+// The sum of an output runs over at most DEPTH inputs at a time, with fused multiply-adds from zero; the partial sums
+// are added in turn, the bias last. Few rows are bound by reading W once: it is transposed in registers on the way.
+// Many rows share panels of W that are packed so that a tile of the product reads them in line.
+//
+// Weights are float [O, K], or 8-bit integers in panels [O / 16, K, 16] with one scale for each output.
+
+#include <cstdlib>
+#include "kernels.h"
+#include "products.h"
+
+constexpr int64_t MANY = 16;         // rows from which packing pays
+constexpr int64_t ROW_BLOCK = 192;   // rows of x that stay in the second cache, a multiple of TILE_ROWS
+constexpr int64_t AHEAD = 64;        // floats to prefetch ahead in each line of float weights; of integers, the next tiles
+constexpr int PARTS = LANES / WIDTH;  // registers of sixteen outputs
+
+// inputs of one pass: the fewest passes of at most DEPTH, evenly long, in multiples of 16
+static int64_t pass_of(int64_t inputs) {
+    int64_t passes = (inputs + DEPTH - 1) / DEPTH;
+    return (inputs + LANES * passes - 1) / (LANES * passes) * LANES;
+}
+
+// Few rows
+
+// Adds w[o + lane][k] x[k] for k from `k` to `to`, in order, to the sums of 16 TILES outputs of ROWS rows: 8-bit weights.
+template <int ROWS, int TILES>
+static inline void add_integers(const float* x, int64_t ldx, const Weight& w, int64_t o, int64_t k, int64_t to, const v16* scale, v16 (*total)[ROWS]) {
+    const int8_t* panel = (const int8_t*)w.values + o * w.inputs;
+    for (; k < to; k++)
+        for (int t = 0; t < TILES; t++) {
+            const int8_t* at = panel + (t * w.inputs + k) * LANES;
+            if (k % 4 == 0) __builtin_prefetch(at + TILES * LANES * w.inputs);  // four of them are a cache line
+            v16 column = widen(at) * scale[t];
+            for (int r = 0; r < ROWS; r++) total[t][r] = fma(splat(x[r * ldx + k]), column, total[t][r]);
+        }
+}
+
+// The same for WIDTH outputs and at most WIDTH k: float weights.
+template <int ROWS>
+static inline void add_floats(const float* x, int64_t ldx, const float* line, int64_t inputs, int64_t count, int64_t deep, vf* total) {
+    vf column[WIDTH] = {};
+    if (count >= WIDTH && deep == WIDTH) {
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) read(line + i * inputs, &column[i]);
+        transpose(column);
+        for (int i = 0; i < WIDTH; i++)
+            for (int r = 0; r < ROWS; r++) total[r] = fma(x[r * ldx + i] - vf{}, column[i], total[r]);
+        return;
+    }
+    for (int i = 0; i < WIDTH && i < count; i++) read(line + i * inputs, &column[i], deep);
+    transpose(column);
+    for (int i = 0; i < deep; i++)  // past `deep`, columns are zero and x is not read
+        for (int r = 0; r < ROWS; r++) total[r] = fma(x[r * ldx + i] - vf{}, column[i], total[r]);
+}
+
+// Outputs o .. o + 16 TILES - 1 of ROWS rows: 8-bit weights.
+template <int ROWS, int TILES>
+static inline void integer_outputs(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy) {
+    v16 out[TILES][ROWS], scale[TILES];
+    for (int t = 0; t < TILES; t++) scale[t] = load(w.scale + o + t * LANES, w.outputs - o - t * LANES);
+    int64_t step = pass_of(w.inputs);
+    for (int64_t from = 0; from < w.inputs; from += step) {
+        v16 total[TILES][ROWS] = {};
+        add_integers<ROWS, TILES>(x, ldx, w, o, from, from + step < w.inputs ? from + step : w.inputs, scale, total);
+        for (int t = 0; t < TILES; t++)
+            for (int r = 0; r < ROWS; r++) out[t][r] = from ? out[t][r] + total[t][r] : total[t][r];
+    }
+    for (int t = 0; t < TILES; t++) {
+        int64_t at = o + t * LANES, count = w.outputs - at;
+        for (int r = 0; r < ROWS; r++) store(y + r * ldy + at, w.bias ? out[t][r] + load(w.bias + at, count) : out[t][r], count);
+    }
+}
+
+// Outputs o .. o + WIDTH VECTORS - 1 of ROWS rows: float weights.
+template <int ROWS, int VECTORS>
+static inline void float_outputs(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy) {
+    vf out[VECTORS][ROWS];
+    const float* lines = (const float*)w.values + o * w.inputs;
+    int64_t step = pass_of(w.inputs), count = w.outputs - o;
+    for (int64_t from = 0; from < w.inputs; from += step) {
+        int64_t to = from + step < w.inputs ? from + step : w.inputs;
+        vf total[VECTORS][ROWS] = {};
+        for (int64_t k = from; k < to; k += LANES) {
+            if (k + LANES <= to && count >= VECTORS * WIDTH) {  // past the end of a line comes the same line of the next tiles
+                int64_t ahead = k + AHEAD < w.inputs ? AHEAD : AHEAD + (VECTORS * WIDTH - 1) * w.inputs;
+                for (int i = 0; i < VECTORS * WIDTH; i++) __builtin_prefetch(lines + i * w.inputs + k + ahead, 0, 2);
+            }
+            for (int v = 0; v < VECTORS; v++)
+                for (int64_t at = k; at < to && at < k + LANES; at += WIDTH)
+                    add_floats<ROWS>(x + at, ldx, lines + v * WIDTH * w.inputs + at, w.inputs, count - v * WIDTH, to - at < WIDTH ? to - at : WIDTH,
+                                     total[v]);
+        }
+        for (int v = 0; v < VECTORS; v++)
+            for (int r = 0; r < ROWS; r++) out[v][r] = from ? out[v][r] + total[v][r] : total[v][r];
+    }
+    for (int v = 0; v < VECTORS; v++) {
+        int64_t at = o + v * WIDTH, left = w.outputs - at;
+        vf bias{};
+        if (w.bias) read(w.bias + at, &bias, left);
+        for (int r = 0; r < ROWS; r++) write(y + r * ldy + at, w.bias ? out[v][r] + bias : out[v][r], left);
+    }
+}
+
+template <int TILES>
+static inline void all_rows(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy, int64_t rows) {
+    int64_t r = 0;
+    if (w.scale) {
+        for (; r + 4 <= rows; r += 4) integer_outputs<4, TILES>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+        for (; r < rows; r++) integer_outputs<1, TILES>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+    } else {
+        for (; r + 4 <= rows; r += 4) float_outputs<4, TILES * PARTS>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+        for (; r < rows; r++) float_outputs<1, TILES * PARTS>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+    }
+}
+
+static void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
+    constexpr int64_t WIDE = 2 * LANES;
+#pragma omp parallel for schedule(static) if (w.outputs * w.inputs > 16384)
+    for (int64_t o = 0; o < w.outputs; o += WIDE)
+        if (o + LANES < w.outputs)
+            all_rows<2>(x, ldx, w, o, y, ldy, rows);
+        else
+            all_rows<1>(x, ldx, w, o, y, ldy, rows);
+}
+
+// Many rows
+
+// packed[k][lane] = w[o + lane][from + k] for TILE_COLUMNS outputs, zero beyond the last.
+static void pack(const Weight& w, int64_t o, int64_t from, int64_t depth, float* packed) {
+    for (int j = 0; j < TILE_VECTORS; j++)
+        for (int64_t k = 0; k < depth; k += WIDTH) {
+            int64_t first = o + j * WIDTH, count = w.outputs - first, deep = depth - k < WIDTH ? depth - k : WIDTH;
+            vf block[WIDTH] = {};
+            if (w.scale && count > 0) {
+                vf scale;
+                read(w.scale + first, &scale, count);
+                const int8_t* at = (const int8_t*)w.values + first / LANES * LANES * w.inputs + (from + k) * LANES + first % LANES;
+                for (int i = 0; i < deep; i++) widen(at + i * LANES, &block[i]), block[i] *= scale;
+            } else {
+                const float* at = (const float*)w.values + first * w.inputs + from + k;
+                for (int i = 0; i < WIDTH && i < count; i++) read(at + i * w.inputs, &block[i], deep);
+                transpose(block);
+            }
+            for (int i = 0; i < deep; i++) write(packed + (k + i) * TILE_COLUMNS + j * WIDTH, block[i]);
+        }
+}
+
+// Rows first .. first + count - 1 of one pass for outputs o of some panels; `lines` has room for the rows.
+static void block_of_rows(const float* x, int64_t ldx, const Weight& w, const float* packed, int64_t from, int64_t depth, float* lines, float* y,
+                          int64_t ldy, int64_t count, int64_t o, int64_t end) {
+    const Product p{depth + LANES, 1, TILE_COLUMNS, ldy, depth, from > 0};
+    for (int64_t r = 0; r < count; r++)  // lines that lie a power of two apart would share few places of the cache
+        memcpy(lines + r * p.row_a, x + r * ldx + from, depth * sizeof(float));
+    for (; o < end; o += TILE_COLUMNS, packed += TILE_COLUMNS * depth)
+        panel<TILE_VECTORS>(p, count, lines, packed, y + o, w.outputs - o, w.bias && from + depth == w.inputs ? w.bias + o : nullptr);
+}
+
+static void many_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
+    int64_t step = pass_of(w.inputs), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, columns = (blocks > 4 ? 16 : 4) * TILE_COLUMNS;
+    int64_t panels = (w.outputs + TILE_COLUMNS - 1) / TILE_COLUMNS, chunks = (w.outputs + columns - 1) / columns;
+    float* packed = (float*)aligned_alloc(64, panels * TILE_COLUMNS * step * sizeof(float));
+#pragma omp parallel if (rows * w.outputs * w.inputs > 65536)
+    {
+        Scratch lines((rows < ROW_BLOCK ? rows : ROW_BLOCK) * (step + LANES));
+        for (int64_t from = 0; from < w.inputs; from += step) {
+            int64_t depth = w.inputs - from < step ? w.inputs - from : step;
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < panels; n++) pack(w, n * TILE_COLUMNS, from, depth, packed + n * TILE_COLUMNS * depth);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+            for (int64_t b = 0; b < blocks; b++)
+                for (int64_t c = 0; c < chunks; c++) {
+                    int64_t first = b * ROW_BLOCK, count = rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK, o = c * columns;
+                    block_of_rows(x + first * ldx, ldx, w, packed + o * depth, from, depth, lines.data(), y + first * ldy, ldy, count, o,
+                                  o + columns < w.outputs ? o + columns : w.outputs);
+                }
+        }
+    }
+    free(packed);
+}
+
+void linear(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
+    if (rows < MANY)
+        few_rows(x, ldx, w, y, ldy, rows);
+    else
+        many_rows(x, ldx, w, y, ldy, rows);
+}
+
+extern "C" {
+
+// x [S, K] and y [S, O] in lines ldx and ldy apart; scale null for float weights, bias null for none.
+void linear(const float* x, int64_t ldx, const void* values, const float* scale, const float* bias, float* y, int64_t ldy, int64_t rows,
+            int64_t inputs, int64_t outputs) {
+    linear(x, ldx, Weight{values, scale, bias, inputs, outputs}, y, ldy, rows);
+}
+}
