@@ -103,7 +103,7 @@ def shape(request) -> str:
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Counts native decode steps."""
+    """Counts native steps."""
     from pmnet.model import step
     from tests.stepping import Counted
 

@@ -1,4 +1,4 @@
-"""Decode steps, counted, and the same calls on the general path."""
+"""Steps, counted, and the same calls on the general path."""
 
 from contextlib import contextmanager
 
@@ -12,19 +12,19 @@ MODELS = {shape: small_model(shape) for shape in SHAPES}
 
 
 class Counted:
-    """The native library, counting decode steps."""
+    """The native library, counting steps."""
 
     def __init__(self, kernels):
         self.kernels, self.count = kernels, 0
 
-    def decode_step(self, *arguments):
+    def step(self, *arguments):
         self.count += 1
-        self.kernels.decode_step(*arguments)
+        self.kernels.step(*arguments)
 
 
 @contextmanager
 def general_path():
-    """Decode without native steps, with the same native operators."""
+    """Read without native steps, with the same native operators."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pmnet.model.modeling.try_step", lambda *_: None)
         yield
@@ -44,6 +44,6 @@ def prefilled(model, batch, columns=12):
     """A state whose rows are at different places: row b starts with 4 * b columns of padding."""
     mask = torch.arange(columns).expand(batch, -1) >= 4 * torch.arange(batch).unsqueeze(1)
     cache = pmnet.PMNetCache(model.config, batch)
-    with torch.no_grad():
+    with torch.no_grad(), general_path():
         model(random_ids(batch, columns), attention_mask=mask.long(), past_key_values=cache)
     return cache

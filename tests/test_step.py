@@ -32,13 +32,54 @@ def test_a_step_has_the_bits_of_the_parallel_form(shape, threads, steps):
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            whole = model(ids, use_cache=True)
+            with general_path():
+                whole = model(ids, use_cache=True)
             logits = [model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(40)]
     finally:
         torch.set_num_threads(before)
     assert torch.equal(torch.cat(logits, dim=1), whole.logits)
     assert_same_state(cache, whole.past_key_values)
     assert steps.count == 40
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("positions", [7, 64, 1024])
+def test_a_chunk_in_steps_is_the_general_path(shape, batch, positions, steps, monkeypatch):
+    """Chunks that are longer than a step, than the ring of keys, and than what few positions are computed by."""
+    monkeypatch.setattr("pmnet.model.step._POSITIONS", positions)
+    model, cache = MODELS[shape], pmnet.PMNetCache(MODELS[shape].config, batch)
+    twin, expected = cache.clone(), 0
+    for t, length in enumerate([5, 150, 1, 33, 2]):
+        both(model, random_ids(batch, length, seed=t), cache, twin)
+        assert_same_state(cache, twin)
+        expected += -(-length // max(1, positions // batch))
+    assert steps.count == expected
+    assert cache.columns == twin.columns == 191
+    assert cache.nbytes == twin.nbytes
+
+
+def test_a_chunk_without_a_state(shape, steps):
+    model, ids = MODELS[shape], random_ids(2, 40)
+    with torch.no_grad():
+        got = model(ids, use_cache=False)
+        with general_path():
+            expected = model(ids, use_cache=False)
+    assert torch.equal(got.logits, expected.logits)
+    assert got.past_key_values is None
+    assert steps.count == 1
+
+
+@pytest.mark.parametrize("start", [0, 12, 1000])
+def test_a_chunk_with_positions(start, steps):
+    """Those that go on, and some that begin again in the middle, which are a new document."""
+    model, cache = MODELS["period"], pmnet.PMNetCache(MODELS["period"].config, 2)
+    twin, positions = cache.clone(), start + torch.arange(20)[None]
+    both(model, random_ids(2, 20), cache, twin, position_ids=positions)
+    assert_same_state(cache, twin)
+    assert steps.count == 1
+    both(model, random_ids(2, 20), cache, twin, position_ids=(positions + 20) % (start + 30))
+    assert_same_state(cache, twin)
+    assert steps.count == 1
 
 
 def test_without_recurrence(steps):
@@ -79,7 +120,7 @@ def test_generate_steps(steps):
     model, ids = MODELS["period"], random_ids(2, 7)
     settings = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 256, "eos_token_id": None}
     got = model.generate(ids, **settings)
-    assert steps.count == 11
+    assert steps.count == 12
     with general_path():
         assert torch.equal(model.generate(ids, **settings), got)
 

@@ -72,10 +72,10 @@ class PMNetCache(Cache):
     def window(self, window: list[PastKeys]) -> None:
         self._window, self._ring = window, None
 
-    def ring(self) -> "Ring":
-        """The window with room for at least one further position, so that a step moves no keys."""
-        if self._ring is None or self._ring.full:
-            self._ring = Ring(self.window)
+    def ring(self, length: int) -> "Ring":
+        """The window with room for `length` further positions, so that a step moves no keys."""
+        if self._ring is None or self._ring.free < length:
+            self._ring = Ring(self.window, length)
             self._window = []
         return self._ring
 
@@ -275,18 +275,23 @@ class PMNetCache(Cache):
 
 
 class Ring:
-    """Buffers of keys and values with free places at the end; the window is a view that moves along."""
+    """Buffers of keys and values with free places at the end; the window is a view that moves along.
+
+    Args:
+        window: keys and values per layer, `[B, W - 1, K, E]` each.
+        length: places that will be filled; there are `ROOM` at least.
+    """
 
     ROOM = 128
 
-    def __init__(self, window: list[PastKeys]):
-        self.offset, self.width = 0, window[0].keys.shape[1]
-        self.buffers = [PastKeys(_with_room(past.keys), _with_room(past.values)) for past in window]
+    def __init__(self, window: list[PastKeys], length: int = 1):
+        self.offset, self.width, self.room = 0, window[0].keys.shape[1], max(self.ROOM, length)
+        self.buffers = [PastKeys(*(_with_room(part, self.room) for part in past)) for past in window]
 
     @property
-    def full(self) -> bool:
-        """Whether the next step has no place for its key."""
-        return self.offset == self.ROOM
+    def free(self) -> int:
+        """Places for the keys of positions to come."""
+        return self.room - self.offset
 
     def window(self) -> list[PastKeys]:
         """The last `W - 1` keys and values of every layer."""
@@ -294,7 +299,7 @@ class Ring:
         return [PastKeys(buffer.keys[:, part], buffer.values[:, part]) for buffer in self.buffers]
 
 
-def _with_room(x: Tensor) -> Tensor:
-    buffer = x.new_empty(x.shape[0], x.shape[1] + Ring.ROOM, *x.shape[2:])
+def _with_room(x: Tensor, room: int) -> Tensor:
+    buffer = x.new_empty(x.shape[0], x.shape[1] + room, *x.shape[2:])
     buffer[:, : x.shape[1]] = x
     return buffer

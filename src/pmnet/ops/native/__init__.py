@@ -42,8 +42,9 @@ _SIGNATURES = {
     "mix_backward": [_POINTER] * 5 + [_INT] * 4,
     "geometry": [_POINTER] * 4 + [_INT] * 3,
     "geometry_backward": [_POINTER] * 3 + [_INT] * 2,
+    "read_slots": [_POINTER] * 6 + [_INT] * 4,
     "segment_counts": [_POINTER] * 4 + [_INT] * 3,
-    "decode_step": [_POINTER] * 8,
+    "step": [_POINTER] * 8,
     "phase_write": [_POINTER] * 7 + [_INT] * 7,
     "phase_write_backward": [_POINTER] * 9 + [_INT] * 6,
 }

@@ -1,5 +1,7 @@
 // Kernels that more than one file of the native code uses.
 #pragma once
+#include <cstdlib>
+#include <memory>
 #include <vector>
 #include "vector.h"
 
@@ -15,6 +17,25 @@ class Scratch {
     float* data() { return (float*)lines.data(); }
 };
 
+// The same without the zeros: to be written before it is read.
+class Floats {
+    float* start = nullptr;
+    int64_t count = 0;
+
+   public:
+    explicit Floats(int64_t size = 0) { resize(size); }
+    Floats(const Floats&) = delete;
+    ~Floats() { free(start); }
+    void resize(int64_t size) {
+        if (size == count) return;
+        free(start);
+        start = (float*)aligned_alloc(64, (size + LANES) / LANES * 64), count = size;
+    }
+    float* data() { return start; }
+    const float* data() const { return start; }
+    int64_t size() const { return count; }
+};
+
 struct Weight {
     const void* values;  // float [O, K], or int8 panels [O / 16, K, 16] if there is a scale
     const float* scale;  // [O] or null
@@ -24,6 +45,14 @@ struct Weight {
 
 // y [S, O] = x W^T + b; lines of x and y start ldx and ldy apart
 void linear(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows);
+
+// y = silu(gate) * up, which may be in the place of `gate`
+extern "C" void silu_product(const float* gate, const float* up, float* y, int64_t count);
+
+// What the heads see of the slots: query [P, R, M], geometry [P, N, 2M]; w has the keys of all heads, then their values.
+// slot_weights is [P, N, R], values [P, R M].
+void read_slots(const float* query, const float* geometry, const Weight& w, float* slot_weights, float* values, int64_t positions, int64_t slots,
+                int64_t heads, int64_t size);
 
 struct Shape {
     int64_t batch, length, heads, kv_heads, width, window, span_rows;

@@ -5,21 +5,11 @@
 // Many rows share panels of W that are packed so that a tile of the product reads them in line.
 //
 // Weights are float [O, K], or 8-bit integers in panels [O / 16, K, 16] with one scale for each output.
+#include "packed.h"
 
-#include <cstdlib>
-#include "kernels.h"
-#include "products.h"
-
-constexpr int64_t MANY = 16;         // rows from which packing pays
-constexpr int64_t ROW_BLOCK = 192;   // rows of x that stay in the second cache, a multiple of TILE_ROWS
-constexpr int64_t AHEAD = 64;        // floats to prefetch ahead in each line of float weights; of integers, the next tiles
+constexpr int64_t MANY = 16;          // rows from which packing pays
+constexpr int64_t AHEAD = 64;         // floats to prefetch ahead in each line of float weights; of integers, the next tiles
 constexpr int PARTS = LANES / WIDTH;  // registers of sixteen outputs
-
-// inputs of one pass: the fewest passes of at most DEPTH, evenly long, in multiples of 16
-static int64_t pass_of(int64_t inputs) {
-    int64_t passes = (inputs + DEPTH - 1) / DEPTH;
-    return (inputs + LANES * passes - 1) / (LANES * passes) * LANES;
-}
 
 // Few rows
 
@@ -124,59 +114,26 @@ static void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int
             all_rows<1>(x, ldx, w, o, y, ldy, rows);
 }
 
-// Many rows
-
-// packed[k][lane] = w[o + lane][from + k] for TILE_COLUMNS outputs, zero beyond the last.
-static void pack(const Weight& w, int64_t o, int64_t from, int64_t depth, float* packed) {
-    for (int j = 0; j < TILE_VECTORS; j++)
-        for (int64_t k = 0; k < depth; k += WIDTH) {
-            int64_t first = o + j * WIDTH, count = w.outputs - first, deep = depth - k < WIDTH ? depth - k : WIDTH;
-            vf block[WIDTH] = {};
-            if (w.scale && count > 0) {
-                vf scale;
-                read(w.scale + first, &scale, count);
-                const int8_t* at = (const int8_t*)w.values + first / LANES * LANES * w.inputs + (from + k) * LANES + first % LANES;
-                for (int i = 0; i < deep; i++) widen(at + i * LANES, &block[i]), block[i] *= scale;
-            } else {
-                const float* at = (const float*)w.values + first * w.inputs + from + k;
-                for (int i = 0; i < WIDTH && i < count; i++) read(at + i * w.inputs, &block[i], deep);
-                transpose(block);
-            }
-            for (int i = 0; i < deep; i++) write(packed + (k + i) * TILE_COLUMNS + j * WIDTH, block[i]);
-        }
-}
-
-// Rows first .. first + count - 1 of one pass for outputs o of some panels; `lines` has room for the rows.
-static void block_of_rows(const float* x, int64_t ldx, const Weight& w, const float* packed, int64_t from, int64_t depth, float* lines, float* y,
-                          int64_t ldy, int64_t count, int64_t o, int64_t end) {
-    const Product p{depth + LANES, 1, TILE_COLUMNS, ldy, depth, from > 0};
-    for (int64_t r = 0; r < count; r++)  // lines that lie a power of two apart would share few places of the cache
-        memcpy(lines + r * p.row_a, x + r * ldx + from, depth * sizeof(float));
-    for (; o < end; o += TILE_COLUMNS, packed += TILE_COLUMNS * depth)
-        panel<TILE_VECTORS>(p, count, lines, packed, y + o, w.outputs - o, w.bias && from + depth == w.inputs ? w.bias + o : nullptr);
-}
-
 static void many_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
     int64_t step = pass_of(w.inputs), blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, columns = (blocks > 4 ? 16 : 4) * TILE_COLUMNS;
     int64_t panels = (w.outputs + TILE_COLUMNS - 1) / TILE_COLUMNS, chunks = (w.outputs + columns - 1) / columns;
-    float* packed = (float*)aligned_alloc(64, panels * TILE_COLUMNS * step * sizeof(float));
+    Floats packed(panels * TILE_COLUMNS * step);
 #pragma omp parallel if (rows * w.outputs * w.inputs > 65536)
     {
-        Scratch lines((rows < ROW_BLOCK ? rows : ROW_BLOCK) * (step + LANES));
+        Floats lines((rows < ROW_BLOCK ? rows : ROW_BLOCK) * (step + LANES));
         for (int64_t from = 0; from < w.inputs; from += step) {
             int64_t depth = w.inputs - from < step ? w.inputs - from : step;
 #pragma omp for schedule(static)
-            for (int64_t n = 0; n < panels; n++) pack(w, n * TILE_COLUMNS, from, depth, packed + n * TILE_COLUMNS * depth);
+            for (int64_t n = 0; n < panels; n++) pack(w, n * TILE_COLUMNS, from, depth, packed.data() + n * TILE_COLUMNS * depth);
 #pragma omp for collapse(2) schedule(dynamic, 1)
             for (int64_t b = 0; b < blocks; b++)
                 for (int64_t c = 0; c < chunks; c++) {
                     int64_t first = b * ROW_BLOCK, count = rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK, o = c * columns;
-                    block_of_rows(x + first * ldx, ldx, w, packed + o * depth, from, depth, lines.data(), y + first * ldy, ldy, count, o,
+                    block_of_rows(x + first * ldx, ldx, w, packed.data() + o * depth, from, depth, lines.data(), y + first * ldy, ldy, count, o,
                                   o + columns < w.outputs ? o + columns : w.outputs);
                 }
         }
     }
-    free(packed);
 }
 
 void linear(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {

@@ -1,16 +1,17 @@
-// One decode step: every row of a batch reads one position. The same kernels in the same order as the modules of
-// `pmnet.model`, without the cost of a Python call for each; a step has the bits of a forward pass over one position.
+// Every row of a batch reads the next positions of its stream. The same kernels in the same order as the modules of
+// `pmnet.model`, without the cost of a Python call for each; the bits are those of the modules.
 //
-// Shapes: B rows, D hidden size, H heads, K key/value heads, E head width, W window, N slots, M phases, R read heads.
+// Shapes: B rows, T positions, S = B * T, D hidden size, H heads, E head width, W window, N slots, M phases, R read heads.
 #include "kernels.h"
 #include "phases.h"
 #include "rows.h"
 
 struct Model {  // _Model of pmnet/model/step.py
-    int64_t rows, hidden, intermediate, heads, kv_heads, width, window, slots, size, read_heads, bits, cumulative, layers, period;
-    int64_t buffer, offset;  // places of a row's buffer of keys; the first of the W places seen
+    int64_t rows, length, hidden, intermediate, heads, kv_heads, width, window, slots, size, read_heads, bits, cumulative, layers, period;
+    int64_t buffer, offset;  // places of a row's buffer of keys; the first of the W - 1 before the new ones
     double theta;
     float eps, scale;
+    int64_t positions() const { return rows * length; }
 };
 
 struct Linear {
@@ -30,140 +31,144 @@ struct Level {
     int64_t groups;
 };
 
-using Floats = std::vector<float>;
+constexpr int64_t ALONE = 16384;  // numbers that one thread handles sooner than two
 
 static void apply(const Floats& x, const Linear& w, Floats& y, int64_t inputs, int64_t outputs) {
-    y.resize(x.size() / inputs * outputs);
-    linear(x.data(), inputs, Weight{w.values, w.scale, w.bias, inputs, outputs}, y.data(), outputs, x.size() / inputs);
+    int64_t rows = x.size() / inputs;
+    y.resize(rows * outputs);
+    linear(x.data(), inputs, Weight{w.values, w.scale, w.bias, inputs, outputs}, y.data(), outputs, rows);
 }
 
-static Floats normed(const float* x, const float* weight, const Model& m) {
-    Floats y(m.rows * m.hidden);
-    for (int64_t b = 0; b < m.rows; b++) norm_row(x + b * m.hidden, weight, y.data() + b * m.hidden, m.hidden, m.eps);
-    return y;
+static void norm(const float* x, const float* weight, Floats& y, const Model& m) {
+    y.resize(m.positions() * m.hidden);
+#pragma omp parallel for if (y.size() > ALONE)
+    for (int64_t t = 0; t < m.positions(); t++) norm_row(x + t * m.hidden, weight, y.data() + t * m.hidden, m.hidden, m.eps);
 }
 
 static void add(float* x, const Floats& y) {
-    for (size_t i = 0; i < y.size(); i++) x[i] += y[i];
+#pragma omp parallel for if (y.size() > ALONE)
+    for (int64_t i = 0; i < y.size(); i++) x[i] += y.data()[i];
 }
 
-static Floats attention(const Floats& h, const Layer& layer, const Model& m, const float* cosine, const float* sine, const int64_t* span) {
-    Floats q, k, v, y;
-    int64_t line = m.kv_heads * m.width;
+struct Places {  // of the positions of a step
+    std::vector<int64_t> span;  // [B, T], positions seen
+    Floats cosine, sine;        // [B, T, E]
+};
+
+static void attention(const Floats& h, const Layer& layer, const Model& m, const Places& places, Floats& out) {
+    Floats q, k, v;
+    int64_t line = m.kv_heads * m.width, first = m.offset + m.window - 1;
     apply(h, layer.query, q, m.hidden, m.heads * m.width);
     apply(h, layer.key, k, m.hidden, line);
     apply(h, layer.value, v, m.hidden, line);
-    for (int64_t b = 0; b < m.rows; b++) {
-        const float *c = cosine + b * m.width, *s = sine + b * m.width;
-        for (int64_t i = b * m.heads; i < (b + 1) * m.heads; i++) {
+#pragma omp parallel for if (q.size() > ALONE)
+    for (int64_t t = 0; t < m.positions(); t++) {
+        const float *c = places.cosine.data() + t * m.width, *s = places.sine.data() + t * m.width;
+        for (int64_t i = t * m.heads; i < (t + 1) * m.heads; i++) {
             norm_row(q.data() + i * m.width, layer.query_norm, q.data() + i * m.width, m.width, m.eps);
             rotate_row(q.data() + i * m.width, c, s, q.data() + i * m.width, m.width, 1.f);
         }
-        float* key = layer.keys + (b * m.buffer + m.offset + m.window - 1) * line;
-        for (int64_t i = 0; i < m.kv_heads; i++) {
-            norm_row(k.data() + b * line + i * m.width, layer.key_norm, key + i * m.width, m.width, m.eps);
-            rotate_row(key + i * m.width, c, s, key + i * m.width, m.width, 1.f);
+        int64_t place = (t / m.length * m.buffer + first + t % m.length) * line;
+        for (int64_t i = 0; i < line; i += m.width) {
+            norm_row(k.data() + t * line + i, layer.key_norm, layer.keys + place + i, m.width, m.eps);
+            rotate_row(layer.keys + place + i, c, s, layer.keys + place + i, m.width, 1.f);
         }
-        memcpy(layer.values + (key - layer.keys), v.data() + b * line, line * sizeof(float));
+        memcpy(layer.values + place, v.data() + t * line, line * sizeof(float));
     }
-    y.resize(q.size());
-    attend(q.data(), layer.keys + m.offset * line, layer.values + m.offset * line, span, y.data(),
-           Shape{m.rows, 1, m.heads, m.kv_heads, m.width, m.window, m.rows, m.scale, m.buffer});
-    apply(y, layer.out, q, m.heads * m.width, m.hidden);
-    return q;
+    Floats mixed(q.size());
+    attend(q.data(), layer.keys + m.offset * line, layer.values + m.offset * line, places.span.data(), mixed.data(),
+           Shape{m.rows, m.length, m.heads, m.kv_heads, m.width, m.window, m.rows, m.scale, m.buffer});
+    apply(mixed, layer.out, out, m.heads * m.width, m.hidden);
 }
 
-static void geometries(const Floats& field, bool zero, const Level& level, const int64_t* groups, Floats& out, const Model& m) {
-    out.resize(m.rows * m.slots * 2 * m.size);
-    for (int64_t i = 0; i < m.rows * m.slots; i++)
-        geometry_row(zero ? nullptr : field.data() + i * m.size, level.anchors + (groups[i / m.slots] * m.slots + i % m.slots) * m.size,
+static void geometries(const float* field, const Level& level, const int64_t* groups, Floats& out, const Model& m) {
+    out.resize(m.positions() * m.slots * 2 * m.size);
+#pragma omp parallel for if (out.size() > ALONE)
+    for (int64_t i = 0; i < m.positions() * m.slots; i++)
+        geometry_row(field ? field + i * m.size : nullptr, level.anchors + (groups[i / m.slots] * m.slots + i % m.slots) * m.size,
                      out.data() + i * 2 * m.size, m.size);
 }
 
 // Turns the memory, adds to the field, finds the geometry that reads see and the child groups.
-static void write(const Floats& h, const Layer& layer, const Level& level, bool top, Floats& field, Floats& geometry, int64_t* groups, int64_t* children,
-                  const Model& m) {
-    Floats q, k, v, raw, weights(m.rows * m.slots), angle(m.rows * m.slots * m.size);
-    geometries(field, top, level, groups, geometry, m);
+static void write(const Floats& h, const Layer& layer, const Level& level, bool top, Floats& field, Floats& geometry, int64_t* groups, const Model& m) {
+    Floats q, k, v, raw, weights(m.positions() * m.slots), angle(m.positions() * m.slots * m.size);
+    geometries(top ? nullptr : field.data(), level, groups, geometry, m);
     apply(h, layer.write_query, q, m.hidden, m.size);
     apply(geometry, layer.write_keys, k, 2 * m.size, m.size);
-    for (int64_t b = 0; b < m.rows; b++)
-        address_head(q.data() + b * m.size, k.data() + b * m.slots * m.size, nullptr, m.size, m.slots, m.size, weights.data() + b * m.slots, 1);
+#pragma omp parallel for if (k.size() > 4096)
+    for (int64_t t = 0; t < m.positions(); t++)
+        address_head(q.data() + t * m.size, k.data() + t * m.slots * m.size, nullptr, m.size, m.slots, m.size, weights.data() + t * m.slots, 1);
     apply(h, layer.write_value, v, m.hidden, m.size);
     apply(v, layer.write_out, raw, m.size, m.size);
     turn(weights.data(), raw.data(), groups, nullptr, nullptr, level.memory, angle.data(),
-         Scan{m.rows, 1, level.groups, m.slots, m.size, m.bits, m.cumulative});
-    for (size_t i = 0; i < angle.size(); i++) field[i] = top ? angle[i] : field[i] + angle[i];
-    geometries(field, false, level, groups, geometry, m);
-    for (int64_t b = 0; b < m.rows; b++) {
+         Scan{m.rows, m.length, level.groups, m.slots, m.size, m.bits, m.cumulative});
+    if (top)
+        memcpy(field.data(), angle.data(), angle.size() * sizeof(float));
+    else
+        add(field.data(), angle);
+    geometries(field.data(), level, groups, geometry, m);
+    for (int64_t t = 0; t < m.positions(); t++) {
+        const float* p = weights.data() + t * m.slots;
         int64_t best = 0;
         for (int64_t n = 1; n < m.slots; n++)
-            if (weights[b * m.slots + n] > weights[b * m.slots + best]) best = n;
-        children[b] = m.slots * groups[b] + best;
+            if (p[n] > p[best]) best = n;
+        groups[t] = m.slots * groups[t] + best;
     }
 }
 
-static Linear rows_from(const Linear& w, int64_t row, int64_t inputs) {  // `row` is a multiple of 16 where there is a scale
-    const char* values = (const char*)w.values + row * inputs * (w.scale ? 1 : sizeof(float));
-    return Linear{values, w.scale ? w.scale + row : nullptr, w.bias ? w.bias + row : nullptr};
-}
-
-static Floats read(const Floats& h, const Layer& layer, const Floats& geometry, const Model& m) {
-    Floats q, k, y;
+static void read(const Floats& h, const Layer& layer, const Floats& geometry, const Model& m, Floats& out) {
     int64_t wide = m.read_heads * m.size;
+    Floats q, values(m.positions() * wide), weights(m.positions() * m.slots * m.read_heads);
     apply(h, layer.read_query, q, m.hidden, wide);
-    apply(geometry, layer.read_keys, k, 2 * m.size, wide);
-    Floats mixed(m.rows * m.read_heads * 2 * m.size), values(m.rows * wide), weights(m.slots * m.read_heads);
-    for (int64_t b = 0; b < m.rows; b++)
-#pragma omp parallel for if (wide > 1024)
-        for (int64_t r = 0; r < m.read_heads; r++) {
-            address_head(q.data() + b * wide + r * m.size, k.data() + b * m.slots * wide + r * m.size, nullptr, wide, m.slots, m.size, weights.data() + r, m.read_heads);
-            mix_head(weights.data() + r, m.read_heads, geometry.data() + b * m.slots * 2 * m.size, m.slots, 2 * m.size,
-                     mixed.data() + (b * m.read_heads + r) * 2 * m.size);
-        }
-    for (int64_t r = 0; r < m.read_heads; r++) {
-        Linear w = rows_from(layer.read_keys, wide + r * m.size, 2 * m.size);
-        linear(mixed.data() + r * 2 * m.size, m.read_heads * 2 * m.size, Weight{w.values, w.scale, w.bias, 2 * m.size, m.size},
-                 values.data() + r * m.size, wide, m.rows);
-    }
-    apply(values, layer.read_out, y, wide, m.hidden);
-    return y;
+    const Linear& w = layer.read_keys;
+    read_slots(q.data(), geometry.data(), Weight{w.values, w.scale, w.bias, 2 * m.size, 2 * wide}, weights.data(), values.data(), m.positions(),
+               m.slots, m.read_heads, m.size);
+    apply(values, layer.read_out, out, wide, m.hidden);
 }
 
-static Floats mlp(const Floats& h, const Layer& layer, const Model& m) {
-    Floats gate, up, y;
+static void mlp(const Floats& h, const Layer& layer, const Model& m, Floats& out) {
+    Floats gate, up;
     apply(h, layer.gate, gate, m.hidden, m.intermediate);
     apply(h, layer.up, up, m.hidden, m.intermediate);
-    for (int64_t i = 0, count = gate.size(); i < count; i += LANES)
-        store(gate.data() + i, silu(load(gate.data() + i, count - i)) * load(up.data() + i, count - i), count - i);
-    apply(gate, layer.down, y, m.intermediate, m.hidden);
-    return y;
+    silu_product(gate.data(), up.data(), gate.data(), gate.size());
+    apply(gate, layer.down, out, m.intermediate, m.hidden);
 }
 
 extern "C" {
 
-// x [B, D], the embedding, becomes the normed output of the last layer. The counters [B] of the cache are advanced:
+// x [B, T, D], the embedding, becomes the normed output of the last layer. The counters [B] of the cache are advanced:
 // positions read, positions of the document read, rotary position.
-void decode_step(float* x, int64_t* seen, int64_t* in_document, int64_t* position, const Layer* layers, const Level* levels,
-                 const float* final_norm, const Model* model) {
+void step(float* x, int64_t* seen, int64_t* in_document, int64_t* position, const Layer* layers, const Level* levels, const float* final_norm,
+          const Model* model) {
     const Model& m = *model;
-    Floats field(m.rows * m.slots * m.size), geometry, cosine(m.rows * m.width), sine(m.rows * m.width);
-    std::vector<int64_t> groups(m.rows), children(m.rows), span(m.rows);
-    for (int64_t b = 0; b < m.rows; b++) {
-        rotary_row(position[b]++, m.width, m.theta, cosine.data() + b * m.width, sine.data() + b * m.width);
-        seen[b]++;
-        span[b] = ++in_document[b] < m.window ? in_document[b] : m.window;
+    Places places;
+    places.span.resize(m.positions()), places.cosine.resize(m.positions() * m.width), places.sine.resize(m.positions() * m.width);
+#pragma omp parallel for if (m.positions() > 16)
+    for (int64_t t = 0; t < m.positions(); t++) {
+        int64_t b = t / m.length, i = t % m.length, read = in_document[b] + i + 1;
+        rotary_row(position[b] + i, m.width, m.theta, places.cosine.data() + t * m.width, places.sine.data() + t * m.width);
+        places.span[t] = read < m.window ? read : m.window;
     }
+    for (int64_t b = 0; b < m.rows; b++) seen[b] += m.length, in_document[b] += m.length, position[b] += m.length;
+    Floats h, y, geometry, field(m.positions() * m.slots * m.size);
+    std::vector<int64_t> groups(m.positions());
     for (int64_t i = 0; i < m.layers; i++) {
         const Layer& layer = layers[i];
-        add(x, attention(normed(x, layer.input_norm, m), layer, m, cosine.data(), sine.data(), span.data()));
+        norm(x, layer.input_norm, h, m);
+        attention(h, layer, m, places, y);
+        add(x, y);
         if (i % m.period == 0) {
-            groups = children;
-            write(normed(x, layer.write_norm, m), layer, levels[i / m.period], i == 0, field, geometry, groups.data(), children.data(), m);
+            norm(x, layer.write_norm, h, m);
+            write(h, layer, levels[i / m.period], i == 0, field, geometry, groups.data(), m);
         }
-        add(x, read(normed(x, layer.read_norm, m), layer, geometry, m));
-        add(x, mlp(normed(x, layer.mlp_norm, m), layer, m));
+        norm(x, layer.read_norm, h, m);
+        read(h, layer, geometry, m, y);
+        add(x, y);
+        norm(x, layer.mlp_norm, h, m);
+        mlp(h, layer, m, y);
+        add(x, y);
     }
-    for (int64_t b = 0; b < m.rows; b++) norm_row(x + b * m.hidden, final_norm, x + b * m.hidden, m.hidden, m.eps);
+    norm(x, final_norm, h, m);
+    memcpy(x, h.data(), h.size() * sizeof(float));
 }
 }
