@@ -72,7 +72,8 @@ def test_bytes_are_causal_and_gradients_reach_every_weight():
     one, two = (model(x).logits for x in (ids, other))
     assert torch.equal(one[:, :6], two[:, :6])
     assert not torch.equal(one[:, 6:], two[:, 6:])
-    assert torch.equal(model(ids, logits_to_keep=3).logits, one[:, -3:])
+    # the head is the library's: fewer rows may be another order of summation
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, one[:, -3:])
     one.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 

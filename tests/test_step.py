@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import pmnet
-from pmnet.model.cache import Ring
+from pmnet.model.ring import Ring
 from pmnet.ops import Linear, use_backend
 from tests.conftest import assert_same_state, random_ids, small_model
 from tests.stepping import MODELS, both, general_path, prefilled

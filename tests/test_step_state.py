@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import pmnet
-from pmnet.model.cache import PastKeys, Ring
+from pmnet.model.attention import PastKeys
+from pmnet.model.ring import Ring
 from tests.conftest import assert_same_state, random_ids, small_model
 from tests.stepping import MODELS, both, prefilled
 

@@ -145,11 +145,7 @@ class PMNetModel(PMNetPreTrainedModel):
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
-        if (
-            past_key_values is not None
-            and hidden.shape[1] == 1
-            and not (self.training or output_hidden_states or document_ids is not None)
-        ):
+        if not (self.training or output_hidden_states or document_ids is not None):
             stepped = try_step(
                 self.config, self.layers, self.memory_embeddings, self.norm, hidden, attention_mask, position_ids,
                 past_key_values,

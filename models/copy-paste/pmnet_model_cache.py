@@ -17,6 +17,7 @@ from transformers import Cache
 from .pmnet_config import PMNetConfig
 from .pmnet_memory import empty_memory
 from .pmnet_model_attention import PastKeys
+from .pmnet_model_ring import Ring
 
 FORMAT = "pmnet-cache-1"
 _COUNTERS = ("seen", "in_document", "next_position")
@@ -72,10 +73,10 @@ class PMNetCache(Cache):
     def window(self, window: list[PastKeys]) -> None:
         self._window, self._ring = window, None
 
-    def ring(self) -> "Ring":
-        """The window with room for at least one further position, so that a step moves no keys."""
-        if self._ring is None or self._ring.full:
-            self._ring = Ring(self.window)
+    def ring(self, length: int) -> Ring:
+        """The window with room for `length` further positions, so that a step moves no keys."""
+        if self._ring is None or self._ring.free < length:
+            self._ring = Ring(self.window, length)
             self._window = []
         return self._ring
 
@@ -272,29 +273,3 @@ class PMNetCache(Cache):
         self.window = [PastKeys(change(past.keys), change(past.values)) for past in self.window]
         for name in _COUNTERS:
             setattr(self, name, change(getattr(self, name)))
-
-
-class Ring:
-    """Buffers of keys and values with free places at the end; the window is a view that moves along."""
-
-    ROOM = 128
-
-    def __init__(self, window: list[PastKeys]):
-        self.offset, self.width = 0, window[0].keys.shape[1]
-        self.buffers = [PastKeys(_with_room(past.keys), _with_room(past.values)) for past in window]
-
-    @property
-    def full(self) -> bool:
-        """Whether the next step has no place for its key."""
-        return self.offset == self.ROOM
-
-    def window(self) -> list[PastKeys]:
-        """The last `W - 1` keys and values of every layer."""
-        part = slice(self.offset, self.offset + self.width)
-        return [PastKeys(buffer.keys[:, part], buffer.values[:, part]) for buffer in self.buffers]
-
-
-def _with_room(x: Tensor) -> Tensor:
-    buffer = x.new_empty(x.shape[0], x.shape[1] + Ring.ROOM, *x.shape[2:])
-    buffer[:, : x.shape[1]] = x
-    return buffer

@@ -1,10 +1,11 @@
-"""One decode step in a single native call.
+"""A step: the next positions of every row, all layers in a single native call.
 
-A step computes what a forward pass over one position computes, with the same kernels in the same order and hence the
-same bits; it only leaves out the Python between them. It is taken when nothing could tell the difference: float32 on
-the CPU, no gradient, no tracing, every module the library's own and without hooks.
+A step computes what the modules compute, with the same kernels in the same order and hence the same bits; it only
+leaves out the Python between them. It is taken when nothing could tell the difference: float32 on the CPU, no gradient,
+no tracing, no padding, every module the library's own and without hooks. A long chunk is read in several steps, so that
+what lies between the layers stays small.
 
-Shapes: B rows, D hidden size, E head_dim.
+Shapes: B rows, T positions, D hidden size, E head_dim.
 """
 
 import ctypes
@@ -18,12 +19,13 @@ from torch.nn.modules import module as hooks
 
 from .pmnet_config import PMNetConfig
 from .pmnet_memory import MemoryRead, MemoryWrite
-from .pmnet_model_attention import SlidingWindowAttention
+from .pmnet_model_attention import PastKeys, SlidingWindowAttention
 from .pmnet_model_block import PMNetBlock, SwiGLU
-from .pmnet_model_cache import PMNetCache, Ring
+from .pmnet_model_cache import PMNetCache
+from .pmnet_model_ring import Ring
 from .pmnet_ops import Int8Linear, Linear, RMSNorm, native
 from .pmnet_ops_backend import direct
-from .pmnet_ops_linear import library_sums_in_order, plain
+from .pmnet_ops_linear import plain
 from .pmnet_ops_native import library
 from .pmnet_ops_phase import MOST_SLOTS
 
@@ -34,14 +36,18 @@ _CONFIGURED = (
 )  # fmt: skip
 
 
+_POSITIONS = 1024  # of all rows together, in one step
+
+
 class _Model(ctypes.Structure):
     """`Model` of ops/native/step.cpp."""
 
     _integers = (
-        "rows hidden intermediate heads kv_heads width window slots size read_heads bits cumulative layers period"
+        "rows length hidden intermediate heads kv_heads width window slots size read_heads bits cumulative layers "
+        "period buffer offset"
     )
     _fields_ = [
-        *((name, ctypes.c_int64) for name in f"{_integers} buffer offset".split()),
+        *((name, ctypes.c_int64) for name in _integers.split()),
         ("theta", ctypes.c_double),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
@@ -60,21 +66,24 @@ def try_step(
     hidden: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
-    cache: PMNetCache,
+    cache: PMNetCache | None,
 ) -> Tensor | None:
-    """Read one position per row and advance `cache`.
+    """Read T positions per row and advance `cache`.
 
     Args:
         config, layers, anchors, norm: of the model, which is in eval mode.
-        hidden: embeddings `[B, 1, D]`.
+        hidden: embeddings `[B, T, D]`.
         attention_mask, position_ids: as in `PMNetModel.forward`.
-        cache: the state to continue.
+        cache: the state to continue; None for a fresh one that is not kept.
 
     Returns:
-        The hidden states after the final norm, `[B, 1, D]`; None, with nothing changed, if this call needs the
+        The hidden states after the final norm, `[B, T, D]`; None, with nothing changed, if this call needs the
         general path.
     """
-    if not _applies(config, hidden, attention_mask, position_ids, cache):
+    if not _applies(config, hidden):
+        return None
+    cache = cache or PMNetCache(config, hidden.shape[0])
+    if not _continues(hidden, attention_mask, position_ids, cache):
         return None
     values = vars(config)  # attributes of a configuration are slow
     try:
@@ -82,60 +91,88 @@ def try_step(
         weights = [_pointers_of(layer, *sizes) for layer in layers]
         _check(norm, RMSNorm)
         final, tables = _float(norm._parameters["weight"], hidden.shape[2]), [_float(anchor) for anchor in anchors]
-        ring = cache.ring()
-        per_layer, per_level = array("Q"), array("Q")
-        for found, buffer in zip(weights, ring.buffers, strict=True):
-            per_layer.extend(found)
-            per_layer.extend((_float(buffer.keys), _float(buffer.values)))
+        if cache.dtype != torch.float32:
+            return None
     except _Unusual:
         return None
     if position_ids is not None:
-        cache.next_position = position_ids.expand(hidden.shape[0], 1).flatten().long().clone()
+        cache.next_position = position_ids[:, 0].expand(hidden.shape[0]).long().clone()
     cache.memory = [memory.contiguous() for memory in cache.memory]
     cache.seen, cache.in_document = cache.seen.contiguous(), cache.in_document.contiguous()
     cache.next_position = cache.next_position.contiguous()
+    per_level = array("Q")
     for table, memory in zip(tables, cache.memory, strict=True):
         per_level.extend((table, memory.data_ptr(), memory.shape[1]))
-    out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden.shape[0], ring.offset)
-    kernels: Any = library()
-    kernels.decode_step(
-        out.data_ptr(), cache.seen.data_ptr(), cache.in_document.data_ptr(), cache.next_position.data_ptr(),
-        per_layer.buffer_info()[0], per_level.buffer_info()[0], final, ctypes.addressof(model),
-    )  # fmt: skip
-    ring.offset += 1
-    cache.columns += 1
+    if hidden.shape[1] == 1:
+        return _step(hidden, cache, weights, per_level, final, values)
+    parts = hidden.split(max(1, _POSITIONS // hidden.shape[0]), dim=1)
+    out = torch.cat([_step(part, cache, weights, per_level, final, values) for part in parts], dim=1)
+    # copies: the buffers of a long step are not worth keeping
+    cache.window = [PastKeys(keys.clone(), past_values.clone()) for keys, past_values in cache.window]
     return out
 
 
-def _applies(
-    config: PMNetConfig,
+def _step(
     hidden: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
     cache: PMNetCache,
-) -> bool:
-    if not direct(hidden) or not native(hidden) or not library_sums_in_order():
+    weights: list[list[int]],
+    per_level: "array[int]",
+    final: int,
+    values: Mapping[str, Any],
+) -> Tensor:
+    """The native call, and what it cannot do itself: place for new keys, and the count of columns."""
+    length = hidden.shape[1]
+    ring, per_layer = cache.ring(length), array("Q")
+    for found, buffer in zip(weights, ring.buffers, strict=True):
+        per_layer.extend(found)
+        per_layer.extend((buffer.keys.data_ptr(), buffer.values.data_ptr()))
+    out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden, ring)
+    kernels: Any = library()
+    kernels.step(
+        out.data_ptr(), cache.seen.data_ptr(), cache.in_document.data_ptr(), cache.next_position.data_ptr(),
+        per_layer.buffer_info()[0], per_level.buffer_info()[0], final, ctypes.addressof(model),
+    )  # fmt: skip
+    ring.offset += length
+    cache.columns += length
+    return out
+
+
+def _applies(config: PMNetConfig, hidden: Tensor) -> bool:
+    if not direct(hidden) or not native(hidden) or not hidden.numel():
         return False
     if config._attn_implementation not in ("eager", "sdpa") or config.num_memory > MOST_SLOTS:
         return False
-    if cache.dtype != torch.float32 or hooks._global_forward_hooks or hooks._global_forward_pre_hooks:
-        return False
-    # padding, wrong shapes and a position that does not increase (a new document) are the general path's business
-    rows = hidden.shape[0]
+    return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+
+
+def _continues(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: PMNetCache) -> bool:
+    """Whether every row goes on where it stands, or further on: the rest is the general path's business.
+
+    That is padding, wrong shapes, and a position that does not increase (a new document).
+    """
+    rows, length = hidden.shape[:2]
     if attention_mask is not None and (
-        attention_mask.dim() != 2 or attention_mask.shape[0] != rows or not bool(attention_mask[:, -1:].all())
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != rows
+        or attention_mask.shape[1] < length
+        or not bool(attention_mask[:, -length:].all())
     ):
         return False
-    return position_ids is None or (
-        tuple(position_ids.shape) in ((rows, 1), (1, 1))
-        and bool((position_ids >= cache.next_position.unsqueeze(1)).all())
-    )
+    if position_ids is None:
+        return True
+    if tuple(position_ids.shape) not in ((rows, length), (1, length)):
+        return False
+    first = position_ids[:, :1]
+    if length > 1 and not torch.equal(position_ids, first + torch.arange(length)):
+        return False
+    return bool((first >= cache.next_position.unsqueeze(1)).all())
 
 
-def _describe(values: Mapping[str, Any], rows: int, offset: int) -> _Model:
-    buffer, scale = values["sliding_window"] - 1 + Ring.ROOM, values["head_dim"] ** -0.5
+def _describe(values: Mapping[str, Any], hidden: Tensor, ring: Ring) -> _Model:
+    buffer, scale = values["sliding_window"] - 1 + ring.room, values["head_dim"] ** -0.5
     numbers = (values[name] for name in _CONFIGURED)
-    return _Model(rows, *numbers, buffer, offset, values["rope_theta"], values["rms_norm_eps"], scale)
+    rows, length = hidden.shape[:2]
+    return _Model(rows, length, *numbers, buffer, ring.offset, values["rope_theta"], values["rms_norm_eps"], scale)
 
 
 def _sizes(values: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .pmnet_ops_backend import direct, native
-from .pmnet_ops_linear import MIN_ROWS, Linear, library_sums_in_order, row_stable_linear
+from .pmnet_ops_linear import Linear, row_stable_linear
 from .pmnet_ops_native import kernels, pointers
 
 _LANES = 16
@@ -59,12 +59,14 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., O]`."""
         bias: Any = self.bias
-        few = input.shape[:-1].numel() < MIN_ROWS and input.shape[-1] == self.in_features
-        if not (few and direct(input) and native(input) and library_sums_in_order()):
+        if not (direct(input) and native(input) and input.shape[-1] == self.in_features):
             return row_stable_linear(input, self.weight, bias)
         rows = input.reshape(-1, self.in_features).contiguous()
         out = rows.new_empty(rows.shape[0], self.out_features)
-        kernels().linear_few_rows(*pointers(rows, self.panels, self.scale, bias, out), *rows.shape, self.out_features)
+        kernels().linear(
+            rows.data_ptr(), self.in_features, *pointers(self.panels, self.scale, bias, out), self.out_features,
+            rows.shape[0], self.in_features, self.out_features,
+        )  # fmt: skip
         return out.view(*input.shape[:-1], self.out_features)
 
 

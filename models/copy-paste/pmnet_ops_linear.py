@@ -1,15 +1,16 @@
 """A linear map whose rows do not depend on how many rows there are.
 
 Matrix libraries pick another summation order for few rows (a vector product) and, with several threads, for deep
-and narrow products (the inner dimension is split between threads). Either would make a byte's result depend on how
-the stream is cut into chunks and on its batch neighbours. In float32 on the CPU a product is therefore cut into depths
-of at most `MAX_DEPTH`, each summed by fused multiply-adds from zero; the partial sums are added in turn, the bias last.
-The library does just that for `MIN_ROWS` rows and more; fewer rows are computed by the native kernel, which reads the
-weights once, or, where the library turns out to sum in another order, padded to `MIN_ROWS`. `tests/test_exactness.py`
-checks the machine at hand.
+and narrow products (the inner dimension is split between threads), and another one on another processor. Any of these
+would make a byte's result depend on how the stream is cut into chunks, on its batch neighbours or on the machine. In
+float32 on the CPU a product is therefore computed by a native kernel that cuts it into depths of at most `MAX_DEPTH`,
+each summed by fused multiply-adds from zero; the partial sums are added in turn, the bias last.
+
+Without the native kernels, and in float64, the library is asked for products of at least `MIN_ROWS` rows, at most
+`MAX_DEPTH` inputs, and whole multiples of 16, which is as much as can be done; `tests/test_exactness.py` checks the
+machine at hand.
 """
 
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .pmnet_ops_native import kernels, pointers
 
 MIN_ROWS = 16
 MAX_DEPTH = 384
+_MULTIPLE = 16  # of outputs and inputs: for odd ones, some libraries have another order
 
 
 def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -54,17 +56,20 @@ def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
     `out`, if given, receives the result: `[S, O]`, its rows may lie apart.
     """
     count = rows.shape[0]
-    if 1 in weight.shape and count >= MIN_ROWS:  # the library would take it for a product of vectors
-        outputs, depth = (int(size == 1) for size in weight.shape)
+    if native(rows, weight, bias):
+        rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+        out = rows.new_empty(count, weight.shape[0]) if out is None else out
+        kernels().linear(
+            rows.data_ptr(), rows.stride(0), *pointers(weight, None, bias, out), out.stride(0), count,
+            rows.shape[1], weight.shape[0],
+        )  # fmt: skip
+        return out
+    outputs, depth = (-size % _MULTIPLE for size in weight.shape)
+    if count < MIN_ROWS or outputs or depth:
         wider = F.pad(weight, (0, depth, 0, outputs)), None if bias is None else F.pad(bias, (0, outputs))
-        found = products(F.pad(rows, (0, depth)), *wider)[:, : weight.shape[0]]
+        found = products(F.pad(rows, (0, depth, 0, max(0, MIN_ROWS - count))), *wider)[:count, : weight.shape[0]]
         return found.contiguous() if out is None else out.copy_(found)
-    if count < MIN_ROWS:
-        if native(rows, weight, bias) and library_sums_in_order():
-            found = _few_rows(rows, weight, bias)
-        else:
-            found = products(F.pad(rows, (0, 0, 0, MIN_ROWS - count)), weight, bias)[:count]
-        return found if out is None else out.copy_(found)
     if out is None:
         out = rows.new_empty(count, weight.shape[0])
     step = depth_of(rows.shape[1])
@@ -82,25 +87,6 @@ def depth_of(inputs: int) -> int:
     """Summands of one pass: the fewest passes of at most `MAX_DEPTH`, evenly long, in multiples of 16."""
     passes = -(-inputs // MAX_DEPTH)
     return -(-inputs // (16 * passes)) * 16
-
-
-def _few_rows(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    rows, weight, bias = rows.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
-    out = rows.new_empty(rows.shape[0], weight.shape[0])
-    kernels().linear_few_rows(*pointers(rows, weight, None, bias, out), *rows.shape, weight.shape[0])
-    return out
-
-
-@cache
-def library_sums_in_order() -> bool:
-    """Whether the matrix library's products of many rows have the bits of the native kernel's."""
-    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu")
-    for depth, outputs, count in ((384, 64, 16), (200, 130, 48), (64, 256, 300), (13, 7, 33)):
-        rows, weight = (draw(n, depth) for n in (count, outputs))
-        bias = draw(outputs)
-        if not torch.equal(F.linear(rows, weight, bias)[-3:], _few_rows(rows[-3:], weight, bias)):
-            return False
-    return True
 
 
 @torch.library.custom_op(__name__.replace(".", "_") + "::linear", mutates_args=())

@@ -40,7 +40,9 @@ def address(query: Tensor, keys: Tensor) -> Tensor:
     if backend.native(query, keys) and alike and keys.shape[2] <= MOST_SLOTS:
         return _address(query, keys)
     difference = to_angle(query).unsqueeze(2) - to_angle(keys)
-    return (torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])).softmax(dim=2)
+    scores = torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])
+    # over the last dimension: over another, the bits of some processors depend on the number of positions
+    return scores.transpose(2, 3).softmax(dim=-1).transpose(2, 3)
 
 
 def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
@@ -148,16 +150,10 @@ def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
 def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and the weights of the slots for the gradient. Keys and mixed slots stay in the cache."""
     batch, length, heads, size = query.shape
-    slots, width = geometry.shape[2:]
-    query, geometry, bias = query.contiguous(), geometry.contiguous(), bias.contiguous()
+    slots = geometry.shape[2]
+    query, geometry, weight, bias = (tensor.contiguous() for tensor in (query, geometry, weight, bias))
     weights, values = query.new_empty(batch, length, slots, heads), query.new_empty(batch, length, heads * size)
-    for keys, mixed, q, g, a, v in _in_blocks(query, geometry, weights, values):
-        count = q.shape[0]
-        products(g.view(-1, width), weight[: heads * size], None, out=keys)
-        kernels().address(*pointers(q, keys, bias, a), count, slots, heads, size)
-        kernels().mix(*pointers(a, g, mixed), count, slots, heads, width)
-        for r, part in enumerate(_value_rows(heads, size)):
-            products(mixed[:, r], weight[part], bias[part], out=v[:, r * size : (r + 1) * size])
+    kernels().read_slots(*pointers(query, geometry, weight, bias, weights, values), batch * length, slots, heads, size)
     return values, weights
 
 

@@ -17,6 +17,7 @@ from transformers import Cache
 from pmnet.config import PMNetConfig
 from pmnet.memory import empty_memory
 from pmnet.model.attention import PastKeys
+from pmnet.model.ring import Ring
 
 FORMAT = "pmnet-cache-1"
 _COUNTERS = ("seen", "in_document", "next_position")
@@ -72,7 +73,7 @@ class PMNetCache(Cache):
     def window(self, window: list[PastKeys]) -> None:
         self._window, self._ring = window, None
 
-    def ring(self, length: int) -> "Ring":
+    def ring(self, length: int) -> Ring:
         """The window with room for `length` further positions, so that a step moves no keys."""
         if self._ring is None or self._ring.free < length:
             self._ring = Ring(self.window, length)
@@ -272,34 +273,3 @@ class PMNetCache(Cache):
         self.window = [PastKeys(change(past.keys), change(past.values)) for past in self.window]
         for name in _COUNTERS:
             setattr(self, name, change(getattr(self, name)))
-
-
-class Ring:
-    """Buffers of keys and values with free places at the end; the window is a view that moves along.
-
-    Args:
-        window: keys and values per layer, `[B, W - 1, K, E]` each.
-        length: places that will be filled; there are `ROOM` at least.
-    """
-
-    ROOM = 128
-
-    def __init__(self, window: list[PastKeys], length: int = 1):
-        self.offset, self.width, self.room = 0, window[0].keys.shape[1], max(self.ROOM, length)
-        self.buffers = [PastKeys(*(_with_room(part, self.room) for part in past)) for past in window]
-
-    @property
-    def free(self) -> int:
-        """Places for the keys of positions to come."""
-        return self.room - self.offset
-
-    def window(self) -> list[PastKeys]:
-        """The last `W - 1` keys and values of every layer."""
-        part = slice(self.offset, self.offset + self.width)
-        return [PastKeys(buffer.keys[:, part], buffer.values[:, part]) for buffer in self.buffers]
-
-
-def _with_room(x: Tensor, room: int) -> Tensor:
-    buffer = x.new_empty(x.shape[0], x.shape[1] + room, *x.shape[2:])
-    buffer[:, : x.shape[1]] = x
-    return buffer

@@ -21,7 +21,8 @@ from pmnet.config import PMNetConfig
 from pmnet.memory import MemoryRead, MemoryWrite
 from pmnet.model.attention import PastKeys, SlidingWindowAttention
 from pmnet.model.block import PMNetBlock, SwiGLU
-from pmnet.model.cache import PMNetCache, Ring
+from pmnet.model.cache import PMNetCache
+from pmnet.model.ring import Ring
 from pmnet.ops import Int8Linear, Linear, RMSNorm, native
 from pmnet.ops.backend import direct
 from pmnet.ops.linear import plain
@@ -137,7 +138,7 @@ def _step(
 
 
 def _applies(config: PMNetConfig, hidden: Tensor) -> bool:
-    if not direct(hidden) or not native(hidden):
+    if not direct(hidden) or not native(hidden) or not hidden.numel():
         return False
     if config._attn_implementation not in ("eager", "sdpa") or config.num_memory > MOST_SLOTS:
         return False

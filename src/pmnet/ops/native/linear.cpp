@@ -105,13 +105,14 @@ static inline void all_rows(const float* x, int64_t ldx, const Weight& w, int64_
 }
 
 static void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
-    constexpr int64_t WIDE = 2 * LANES;
+    constexpr int64_t WIDE = 4 * LANES;
 #pragma omp parallel for schedule(static) if (w.outputs * w.inputs > 16384)
-    for (int64_t o = 0; o < w.outputs; o += WIDE)
-        if (o + LANES < w.outputs)
-            all_rows<2>(x, ldx, w, o, y, ldy, rows);
-        else
-            all_rows<1>(x, ldx, w, o, y, ldy, rows);
+    for (int64_t from = 0; from < w.outputs; from += WIDE) {
+        int64_t to = from + WIDE < w.outputs ? from + WIDE : w.outputs, o = from;
+        if (WIDTH == LANES && w.scale && to - from == WIDE) all_rows<4>(x, ldx, w, o, y, ldy, rows), o = to;  // there are registers for it
+        for (; o + LANES < to; o += 2 * LANES) all_rows<2>(x, ldx, w, o, y, ldy, rows);
+        for (; o < to; o += LANES) all_rows<1>(x, ldx, w, o, y, ldy, rows);
+    }
 }
 
 static void many_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
