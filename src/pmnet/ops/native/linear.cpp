@@ -96,7 +96,9 @@ template <int TILES>
 static inline void all_rows(const float* x, int64_t ldx, const Weight& w, int64_t o, float* y, int64_t ldy, int64_t rows) {
     int64_t r = 0;
     if (w.scale) {
-        for (; r + 4 <= rows; r += 4) integer_outputs<4, TILES>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
+        constexpr int FEWER = WIDTH < LANES ? 1 : TILES;  // four rows of more sums have no room in narrow registers
+        for (; r + 4 <= rows; r += 4)
+            for (int t = 0; t < TILES; t += FEWER) integer_outputs<4, FEWER>(x + r * ldx, ldx, w, o + t * LANES, y + r * ldy, ldy);
         for (; r < rows; r++) integer_outputs<1, TILES>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
     } else {
         for (; r + 4 <= rows; r += 4) float_outputs<4, TILES * PARTS>(x + r * ldx, ldx, w, o, y + r * ldy, ldy);
