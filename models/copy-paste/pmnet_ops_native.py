@@ -36,7 +36,7 @@ _SIGNATURES = {
     "linear": [_POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4],
     "window_attention": [_POINTER] * 5 + [_INT] * 7 + [_FLOAT],
     "window_attention_backward": [_POINTER] * 8 + [_INT] * 7 + [_FLOAT],
-    "address": [_POINTER] * 4 + [_INT] * 4,
+    "address": [_POINTER] * 3 + [_INT] * 4,
     "address_backward": [_POINTER] * 7 + [_INT] * 4,
     "mix": [_POINTER] * 3 + [_INT] * 4,
     "mix_backward": [_POINTER] * 5 + [_INT] * 4,

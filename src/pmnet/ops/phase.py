@@ -112,7 +112,7 @@ def _address(query: Tensor, keys: Tensor) -> Tensor:
     query, keys = query.contiguous(), keys.contiguous()
     batch, length, slots, heads, size = keys.shape
     weights = query.new_empty(batch, length, slots, heads)
-    kernels().address(*pointers(query, keys, None, weights), batch * length, slots, heads, size)
+    kernels().address(*pointers(query, keys, weights), batch * length, slots, heads, size)
     return weights
 
 

@@ -6,16 +6,16 @@
 
 extern "C" {
 
-// query [P, R, M] and keys [P, N, R, M] raw, weights [P, N, R]; bias [R, M], or null, is added to the keys
-void address(const float* query, const float* keys, const float* bias, float* weights, int64_t positions, int64_t slots, int64_t heads, int64_t size) {
+// query [P, R, M] and keys [P, N, R, M] raw, weights [P, N, R]
+void address(const float* query, const float* keys, float* weights, int64_t positions, int64_t slots, int64_t heads, int64_t size) {
 #pragma omp parallel for if (positions * slots * heads * size > 4096)
     for (int64_t t = 0; t < positions; t++)
         for (int64_t r = 0; r < heads; r++)
-            address_head(query + (t * heads + r) * size, keys + (t * slots * heads + r) * size, bias ? bias + r * size : nullptr, heads * size, slots, size,
+            address_head(query + (t * heads + r) * size, keys + (t * slots * heads + r) * size, heads * size, slots, size,
                          weights + t * slots * heads + r, heads);
 }
 
-// grad_keys may be `keys` itself.
+// bias [R, M], or null, is added to the keys; grad_keys may be `keys` itself.
 void address_backward(const float* query, const float* keys, const float* bias, const float* weights, const float* upstream, float* grad_query,
                       float* grad_keys, int64_t positions, int64_t slots, int64_t heads, int64_t size) {
     float scale = 1.f / __builtin_sqrtf((float)size);

@@ -22,7 +22,7 @@ static inline v16 half_turns(const float* raw, const float* bias, int64_t at, in
 }
 
 // Weights a_n = softmax_n(sum_m cos(q_m - k_nm) / sqrt(M)) of one position and head; keys of slot n at keys + n * stride.
-static inline void address_head(const float* query, const float* keys, const float* bias, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
+static inline void address_head(const float* query, const float* keys, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
     float scores[MOST_SLOTS];
     v16 total[MOST_SLOTS];
     for (int64_t n = 0; n < slots; n++) total[n] = v16{};
@@ -30,7 +30,7 @@ static inline void address_head(const float* query, const float* keys, const flo
         int64_t left = size - m;
         v16 q = tanh(load(query + m, left));
         for (int64_t n = 0; n < slots; n++) {
-            total[n] += keep(cosine_pi(q - half_turns(keys + n * stride, bias, m, left)), left, 0.f);
+            total[n] += keep(cosine_pi(q - half_turns(keys + n * stride, nullptr, m, left)), left, 0.f);
         }
     }
     float scale = 1.f / __builtin_sqrtf((float)size);

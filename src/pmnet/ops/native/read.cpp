@@ -45,7 +45,7 @@ static void read_few(const float* query, const float* geometry, const Weight& w,
     for (int64_t t = 0; t < positions; t++)
         for (int64_t r = 0; r < heads; r++) {
             float* a = slot_weights + t * slots * heads + r;
-            address_head(query + t * wide + r * size, keys.data() + t * slots * wide + r * size, nullptr, wide, slots, size, a, heads);
+            address_head(query + t * wide + r * size, keys.data() + t * slots * wide + r * size, wide, slots, size, a, heads);
             mix_head(a, heads, geometry + t * slots * width, slots, width, mixed.data() + (t * heads + r) * width);
         }
     for (int64_t r = 0; r < heads; r++)
@@ -73,7 +73,7 @@ void read_slots(const float* query, const float* geometry, const Weight& w, floa
                 if (at == 0) keys_of[r / together]->apply(geo, width, keys.data(), ld, count * slots, lines.data());
                 for (int64_t t = 0; t < count; t++) {
                     float* a = slot_weights + (start + t) * slots * heads + r;
-                    address_head(query + (start + t) * wide + r * size, keys.data() + t * slots * ld + at * size, nullptr, ld, slots, size, a, heads);
+                    address_head(query + (start + t) * wide + r * size, keys.data() + t * slots * ld + at * size, ld, slots, size, a, heads);
                     mix_head(a, heads, geo + t * slots * width, slots, width, mixed.data() + t * width);
                 }
                 values_of[r]->apply(mixed.data(), width, values + start * wide + r * size, wide, count, lines.data());

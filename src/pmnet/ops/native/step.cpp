@@ -97,7 +97,7 @@ static void write(const Floats& h, const Layer& layer, const Level& level, bool 
     apply(geometry, layer.write_keys, k, 2 * m.size, m.size);
 #pragma omp parallel for if (k.size() > 4096)
     for (int64_t t = 0; t < m.positions(); t++)
-        address_head(q.data() + t * m.size, k.data() + t * m.slots * m.size, nullptr, m.size, m.slots, m.size, weights.data() + t * m.slots, 1);
+        address_head(q.data() + t * m.size, k.data() + t * m.slots * m.size, m.size, m.slots, m.size, weights.data() + t * m.slots, 1);
     apply(h, layer.write_value, v, m.hidden, m.size);
     apply(v, layer.write_out, raw, m.size, m.size);
     turn(weights.data(), raw.data(), groups, nullptr, nullptr, level.memory, angle.data(),
