@@ -71,7 +71,34 @@ static void attend_block(const Shape& s, Desk& w, const float* query, const floa
         }
 }
 
+// One query of one head, of whole vectors: keys and values stay where they are.
+static void attend_one(const Shape& s, const float* query, const float* keys, const float* values, int64_t span, float* weights, float* out) {
+    int64_t stride = s.kv_heads * s.width, before = (s.window - span) * stride;
+    for (int64_t j = 0; j < span; j += WIDTH) {
+        vf total{};
+        for (int64_t e = 0; e < s.width; e += WIDTH) add_floats<1>(query + e, 0, keys + before + j * stride + e, stride, span - j, WIDTH, &total);
+        write(weights + j, total, span - j);
+    }
+    window_softmax(weights, 0, span, 0, span, span, s.scale);
+    strip(Product{span, 1, stride, s.width, span, false}, 1, weights, values + before, out, s.width);
+}
+
+static void attend_singly(const float* query, const float* keys, const float* values, const int64_t* span, float* out, const Shape& s) {
+    int64_t group = s.heads / s.kv_heads;
+#pragma omp parallel if (s.batch * s.heads * s.window > 1024)
+    {
+        Floats weights(s.window);
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < s.batch; b++)
+            for (int64_t h = 0; h < s.heads; h++) {
+                int64_t at = (b * s.heads + h) * s.width, from = (b * s.buffer * s.kv_heads + h / group) * s.width;
+                attend_one(s, query + at, keys + from, values + from, span[b % s.span_rows], weights.data(), out + at);
+            }
+    }
+}
+
 void attend(const float* query, const float* keys, const float* values, const int64_t* span, float* out, const Shape& s) {
+    if (s.length == 1 && s.width % LANES == 0) return attend_singly(query, keys, values, span, out, s);
     int64_t blocks = (s.length + BLOCK - 1) / BLOCK, group = s.heads / s.kv_heads;
 #pragma omp parallel if (s.batch * s.heads * s.length * s.window > 1024)
     {

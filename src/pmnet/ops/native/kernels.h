@@ -44,7 +44,16 @@ struct Weight {
 };
 
 // y [S, O] = x W^T + b; lines of x and y start ldx and ldy apart
-void linear(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows);
+struct Job {
+    const float* x;
+    int64_t ldx;
+    Weight w;
+    float* y;
+    int64_t ldy;
+};
+
+// `count` products of as many rows each, which do not need each other
+void linear(const Job* jobs, int64_t count, int64_t rows);
 
 // y = silu(gate) * up, which may be in the place of `gate`
 extern "C" void silu_product(const float* gate, const float* up, float* y, int64_t count);

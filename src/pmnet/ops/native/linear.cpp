@@ -13,7 +13,7 @@ constexpr int PARTS = LANES / WIDTH;  // registers of sixteen outputs
 
 // Few rows
 
-// Adds w[o + lane][k] x[k] for k from `k` to `to`, in order, to the sums of 16 TILES outputs of ROWS rows: 8-bit weights.
+// Adds w[o + lane][k] x[k] for k from `k` to `to`, in order, to the sums of 16 TILES outputs of ROWS rows.
 template <int ROWS, int TILES>
 static inline void add_integers(const float* x, int64_t ldx, const Weight& w, int64_t o, int64_t k, int64_t to, const v16* scale, v16 (*total)[ROWS]) {
     const int8_t* panel = (const int8_t*)w.values + o * w.inputs;
@@ -24,24 +24,6 @@ static inline void add_integers(const float* x, int64_t ldx, const Weight& w, in
             v16 column = widen(at) * scale[t];
             for (int r = 0; r < ROWS; r++) total[t][r] = fma(splat(x[r * ldx + k]), column, total[t][r]);
         }
-}
-
-// The same for WIDTH outputs and at most WIDTH k: float weights.
-template <int ROWS>
-static inline void add_floats(const float* x, int64_t ldx, const float* line, int64_t inputs, int64_t count, int64_t deep, vf* total) {
-    vf column[WIDTH] = {};
-    if (count >= WIDTH && deep == WIDTH) {
-#pragma GCC unroll 16
-        for (int i = 0; i < WIDTH; i++) read(line + i * inputs, &column[i]);
-        transpose(column);
-        for (int i = 0; i < WIDTH; i++)
-            for (int r = 0; r < ROWS; r++) total[r] = fma(x[r * ldx + i] - vf{}, column[i], total[r]);
-        return;
-    }
-    for (int i = 0; i < WIDTH && i < count; i++) read(line + i * inputs, &column[i], deep);
-    transpose(column);
-    for (int i = 0; i < deep; i++)  // past `deep`, columns are zero and x is not read
-        for (int r = 0; r < ROWS; r++) total[r] = fma(x[r * ldx + i] - vf{}, column[i], total[r]);
 }
 
 // Outputs o .. o + 16 TILES - 1 of ROWS rows: 8-bit weights.
@@ -106,12 +88,19 @@ static inline void all_rows(const float* x, int64_t ldx, const Weight& w, int64_
     }
 }
 
-static void few_rows(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
+// Several products of few rows at once: threads that wait for each other after every one of them lose more than they gain.
+static void few_rows(const Job* jobs, int64_t count, int64_t rows) {
     constexpr int64_t WIDE = 4 * LANES;
-#pragma omp parallel for schedule(static) if (w.outputs * w.inputs > 16384)
-    for (int64_t from = 0; from < w.outputs; from += WIDE) {
-        int64_t to = from + WIDE < w.outputs ? from + WIDE : w.outputs, o = from;
-        if (WIDTH == LANES && w.scale && to - from == WIDE) all_rows<4>(x, ldx, w, o, y, ldy, rows), o = to;  // there are registers for it
+    int64_t work = 0, blocks = 0;
+    for (int64_t j = 0; j < count; j++) work += jobs[j].w.outputs * jobs[j].w.inputs, blocks += (jobs[j].w.outputs + WIDE - 1) / WIDE;
+#pragma omp parallel for schedule(static) if (work > 16384)
+    for (int64_t n = 0; n < blocks; n++) {
+        const Job* job = jobs;
+        int64_t o = n * WIDE;
+        for (; o >= job->w.outputs; job++) o -= (job->w.outputs + WIDE - 1) / WIDE * WIDE;
+        const auto& [x, ldx, w, y, ldy] = *job;
+        int64_t to = o + WIDE < w.outputs ? o + WIDE : w.outputs;
+        if (WIDTH == LANES && w.scale && to - o == WIDE) all_rows<4>(x, ldx, w, o, y, ldy, rows), o = to;  // there are registers for it
         for (; o + LANES < to; o += 2 * LANES) all_rows<2>(x, ldx, w, o, y, ldy, rows);
         for (; o < to; o += LANES) all_rows<1>(x, ldx, w, o, y, ldy, rows);
     }
@@ -139,11 +128,9 @@ static void many_rows(const float* x, int64_t ldx, const Weight& w, float* y, in
     }
 }
 
-void linear(const float* x, int64_t ldx, const Weight& w, float* y, int64_t ldy, int64_t rows) {
-    if (rows < MANY)
-        few_rows(x, ldx, w, y, ldy, rows);
-    else
-        many_rows(x, ldx, w, y, ldy, rows);
+void linear(const Job* jobs, int64_t count, int64_t rows) {
+    if (rows < MANY) return few_rows(jobs, count, rows);
+    for (const Job* job = jobs; job < jobs + count; job++) many_rows(job->x, job->ldx, job->w, job->y, job->ldy, rows);
 }
 
 extern "C" {
@@ -151,6 +138,7 @@ extern "C" {
 // x [S, K] and y [S, O] in lines ldx and ldy apart; scale null for float weights, bias null for none.
 void linear(const float* x, int64_t ldx, const void* values, const float* scale, const float* bias, float* y, int64_t ldy, int64_t rows,
             int64_t inputs, int64_t outputs) {
-    linear(x, ldx, Weight{values, scale, bias, inputs, outputs}, y, ldy, rows);
+    Job job{x, ldx, Weight{values, scale, bias, inputs, outputs}, y, ldy};
+    linear(&job, 1, rows);
 }
 }

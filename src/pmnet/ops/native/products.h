@@ -40,6 +40,25 @@ static inline void transpose(vf* x) {
     if constexpr (WIDTH > 8) exchange<8>(x);
 }
 
+// Adds line[lane][k] x[k] for k < deep <= WIDTH, in order, to the sums of ROWS rows: `count` lines, `inputs` apart.
+template <int ROWS>
+static inline void add_floats(const float* x, int64_t ldx, const float* line, int64_t inputs, int64_t count, int64_t deep, vf* total) {
+    vf column[WIDTH];
+    if (count >= WIDTH && deep == WIDTH) {
+#pragma GCC unroll 16
+        for (int i = 0; i < WIDTH; i++) read(line + i * inputs, &column[i]);
+        transpose(column);
+        for (int i = 0; i < WIDTH; i++)
+            for (int r = 0; r < ROWS; r++) total[r] = fma(x[r * ldx + i] - vf{}, column[i], total[r]);
+        return;
+    }
+    for (int i = 0; i < WIDTH; i++) column[i] = vf{};
+    for (int i = 0; i < WIDTH && i < count; i++) read(line + i * inputs, &column[i], deep);
+    transpose(column);
+    for (int i = 0; i < deep; i++)  // past `deep`, columns are zero and x is not read
+        for (int r = 0; r < ROWS; r++) total[r] = fma(x[r * ldx + i] - vf{}, column[i], total[r]);
+}
+
 // A product as wide as it likes: A[i][k] stands at a[i * row_a + k * step_a], B and C in lines ldb and ldc apart. With
 // `add`, sums are added to what stands in C; bias, if any, comes last.
 struct Product {

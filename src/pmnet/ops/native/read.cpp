@@ -40,7 +40,8 @@ static void read_few(const float* query, const float* geometry, const Weight& w,
                      int64_t heads, int64_t size) {
     int64_t wide = heads * size, width = 2 * size;
     Floats keys(positions * slots * wide), mixed(positions * heads * width);
-    linear(geometry, width, part_of(w, 0, wide), keys.data(), wide, positions * slots);
+    Job all_keys{geometry, width, part_of(w, 0, wide), keys.data(), wide};
+    linear(&all_keys, 1, positions * slots);
 #pragma omp parallel for collapse(2) if (positions * wide > 1024)
     for (int64_t t = 0; t < positions; t++)
         for (int64_t r = 0; r < heads; r++) {
@@ -48,8 +49,10 @@ static void read_few(const float* query, const float* geometry, const Weight& w,
             address_head(query + t * wide + r * size, keys.data() + t * slots * wide + r * size, wide, slots, size, a, heads);
             mix_head(a, heads, geometry + t * slots * width, slots, width, mixed.data() + (t * heads + r) * width);
         }
+    std::vector<Job> of_heads;
     for (int64_t r = 0; r < heads; r++)
-        linear(mixed.data() + r * width, heads * width, part_of(w, wide + r * size, size), values + r * size, wide, positions);
+        of_heads.push_back({mixed.data() + r * width, heads * width, part_of(w, wide + r * size, size), values + r * size, wide});
+    linear(of_heads.data(), heads, positions);
 }
 
 void read_slots(const float* query, const float* geometry, const Weight& w, float* slot_weights, float* values, int64_t positions, int64_t slots,

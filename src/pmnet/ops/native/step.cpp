@@ -33,11 +33,13 @@ struct Level {
 
 constexpr int64_t ALONE = 16384;  // numbers that one thread handles sooner than two
 
-static void apply(const Floats& x, const Linear& w, Floats& y, int64_t inputs, int64_t outputs) {
-    int64_t rows = x.size() / inputs;
-    y.resize(rows * outputs);
-    linear(x.data(), inputs, Weight{w.values, w.scale, w.bias, inputs, outputs}, y.data(), outputs, rows);
+static Job job(const Floats& x, const Linear& w, Floats& y, int64_t inputs, int64_t outputs) {
+    y.resize(x.size() / inputs * outputs);
+    return {x.data(), inputs, Weight{w.values, w.scale, w.bias, inputs, outputs}, y.data(), outputs};
 }
+
+// Products of as many rows each, which do not need each other.
+static void apply(std::initializer_list<Job> jobs, int64_t rows) { linear(jobs.begin(), jobs.size(), rows); }
 
 static void norm(const float* x, const float* weight, Floats& y, const Model& m) {
     y.resize(m.positions() * m.hidden);
@@ -58,9 +60,8 @@ struct Places {  // of the positions of a step
 static void attention(const Floats& h, const Layer& layer, const Model& m, const Places& places, Floats& out) {
     Floats q, k, v;
     int64_t line = m.kv_heads * m.width, first = m.offset + m.window - 1;
-    apply(h, layer.query, q, m.hidden, m.heads * m.width);
-    apply(h, layer.key, k, m.hidden, line);
-    apply(h, layer.value, v, m.hidden, line);
+    apply({job(h, layer.query, q, m.hidden, m.heads * m.width), job(h, layer.key, k, m.hidden, line), job(h, layer.value, v, m.hidden, line)},
+          m.positions());
 #pragma omp parallel for if (q.size() > ALONE)
     for (int64_t t = 0; t < m.positions(); t++) {
         const float *c = places.cosine.data() + t * m.width, *s = places.sine.data() + t * m.width;
@@ -78,7 +79,7 @@ static void attention(const Floats& h, const Layer& layer, const Model& m, const
     Floats mixed(q.size());
     attend(q.data(), layer.keys + m.offset * line, layer.values + m.offset * line, places.span.data(), mixed.data(),
            Shape{m.rows, m.length, m.heads, m.kv_heads, m.width, m.window, m.rows, m.scale, m.buffer});
-    apply(mixed, layer.out, out, m.heads * m.width, m.hidden);
+    apply({job(mixed, layer.out, out, m.heads * m.width, m.hidden)}, m.positions());
 }
 
 static void geometries(const float* field, const Level& level, const int64_t* groups, Floats& out, const Model& m) {
@@ -93,13 +94,12 @@ static void geometries(const float* field, const Level& level, const int64_t* gr
 static void write(const Floats& h, const Layer& layer, const Level& level, bool top, Floats& field, Floats& geometry, int64_t* groups, const Model& m) {
     Floats q, k, v, raw, weights(m.positions() * m.slots), angle(m.positions() * m.slots * m.size);
     geometries(top ? nullptr : field.data(), level, groups, geometry, m);
-    apply(h, layer.write_query, q, m.hidden, m.size);
-    apply(geometry, layer.write_keys, k, 2 * m.size, m.size);
+    apply({job(h, layer.write_query, q, m.hidden, m.size), job(h, layer.write_value, v, m.hidden, m.size)}, m.positions());
+    apply({job(geometry, layer.write_keys, k, 2 * m.size, m.size)}, m.positions() * m.slots);
 #pragma omp parallel for if (k.size() > 4096)
     for (int64_t t = 0; t < m.positions(); t++)
         address_head(q.data() + t * m.size, k.data() + t * m.slots * m.size, m.size, m.slots, m.size, weights.data() + t * m.slots, 1);
-    apply(h, layer.write_value, v, m.hidden, m.size);
-    apply(v, layer.write_out, raw, m.size, m.size);
+    apply({job(v, layer.write_out, raw, m.size, m.size)}, m.positions());
     turn(weights.data(), raw.data(), groups, nullptr, nullptr, level.memory, angle.data(),
          Scan{m.rows, m.length, level.groups, m.slots, m.size, m.bits, m.cumulative});
     if (top)
@@ -119,19 +119,18 @@ static void write(const Floats& h, const Layer& layer, const Level& level, bool 
 static void read(const Floats& h, const Layer& layer, const Floats& geometry, const Model& m, Floats& out) {
     int64_t wide = m.read_heads * m.size;
     Floats q, values(m.positions() * wide), weights(m.positions() * m.slots * m.read_heads);
-    apply(h, layer.read_query, q, m.hidden, wide);
+    apply({job(h, layer.read_query, q, m.hidden, wide)}, m.positions());
     const Linear& w = layer.read_keys;
     read_slots(q.data(), geometry.data(), Weight{w.values, w.scale, w.bias, 2 * m.size, 2 * wide}, weights.data(), values.data(), m.positions(),
                m.slots, m.read_heads, m.size);
-    apply(values, layer.read_out, out, wide, m.hidden);
+    apply({job(values, layer.read_out, out, wide, m.hidden)}, m.positions());
 }
 
 static void mlp(const Floats& h, const Layer& layer, const Model& m, Floats& out) {
     Floats gate, up;
-    apply(h, layer.gate, gate, m.hidden, m.intermediate);
-    apply(h, layer.up, up, m.hidden, m.intermediate);
+    apply({job(h, layer.gate, gate, m.hidden, m.intermediate), job(h, layer.up, up, m.hidden, m.intermediate)}, m.positions());
     silu_product(gate.data(), up.data(), gate.data(), gate.size());
-    apply(gate, layer.down, out, m.intermediate, m.hidden);
+    apply({job(gate, layer.down, out, m.intermediate, m.hidden)}, m.positions());
 }
 
 extern "C" {
