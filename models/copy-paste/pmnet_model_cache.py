@@ -6,6 +6,7 @@ Shapes: B sequences, W window, K key/value heads, E head_dim; memory tensors are
 import json
 import os
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -126,17 +127,19 @@ class PMNetCache(Cache):
         levels = layers // values["memory_write_period"]
         past = (batch_size, values["sliding_window"] - 1, values["num_key_value_heads"], values["head_dim"])
         window = self._window if self._ring is None else self._ring.window()[:1]
-        pairs: list[tuple[str, Tensor, tuple[int, ...]]]
-        pairs = [(f"memory.{i}", state, (batch_size, slots**i, slots, size)) for i, state in enumerate(self.memory)]
-        pairs += [(f"keys.{i}", keys, past) for i, (keys, _) in enumerate(window)]
-        pairs += [(f"values.{i}", value, past) for i, (_, value) in enumerate(window)]
-        pairs += [(name, getattr(self, name), (batch_size,)) for name in _COUNTERS]
-        for name, tensor, expected in pairs:
-            if tensor.shape != expected:
-                raise ValueError(
-                    f"this state does not fit the model: {name} should be {list(expected)}, got {list(tensor.shape)}"
-                )
-        for kind, integers in ((torch.int32, self.memory), (torch.int64, [getattr(self, name) for name in _COUNTERS])):
+        counters = [self.seen, self.in_document, self.next_position]
+        found = [tensor.shape for tensor in chain(self.memory, *window, counters)]
+        memory = [(batch_size, slots**level, slots, size) for level in range(len(self.memory))]
+        expected = [*memory, *[past] * 2 * len(window), *[(batch_size,)] * len(counters)]
+        if found != expected:
+            names = [f"memory.{level}" for level in range(len(memory))]
+            names += [f"{name}.{layer}" for layer in range(len(window)) for name in ("keys", "values")]
+            for name, shape, wanted in zip([*names, *_COUNTERS], found, expected, strict=True):
+                if shape != wanted:
+                    raise ValueError(
+                        f"this state does not fit the model: {name} should be {list(wanted)}, got {list(shape)}"
+                    )
+        for kind, integers in ((torch.int32, self.memory), (torch.int64, counters)):
             for tensor in integers:
                 if tensor.dtype != kind:
                     raise ValueError(f"a state has int32 turns and int64 counters, not {tensor.dtype}")
