@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import CONTENDERS, Contender, build
+from benchmarks.contenders import Contender, build
 from benchmarks.harness import Entry, Plan, Run, compare
 from benchmarks.limits import best_device, measure_limits, synchronize
 from benchmarks.memory import measure_memory
@@ -25,7 +25,8 @@ __all__ = ["CASES", "Case", "Options", "choose", "section", "store", "write_tabl
 
 CONTEXT = 256  # positions read before decoding: more than every window
 STEPS = 32  # bytes decoded in a run
-EVERYONE = [name for name in CONTENDERS if name != "ours-int8"]
+EVERYONE = ["ours", "published", "llama", "mamba"]
+TRAINED = [*EVERYONE, "ours-checkpointed"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def _train(compiled: bool, preset: str, config: PMNetConfig, options: Options) -
 
         return Entry(model.name, prepare, needs, _facts(model))
 
-    names = [name for name in EVERYONE if not (compiled and name == "mamba")]
+    names = [name for name in (EVERYONE if compiled else TRAINED) if not (compiled and name == "mamba")]
     result = timed(
         [entry(model) for model in build(config, names, options.device)],
         batch, length, length if compiled else min(length, 32), "matmul_gflops", options,
@@ -185,7 +186,7 @@ def _decode(batch: int, names: list[str], preset: str, config: PMNetConfig, opti
 
 
 def _memory(preset: str, config: PMNetConfig, options: Options) -> dict[str, Any]:
-    return measure_memory(EVERYONE, preset, *training_shape(preset), options.seconds)
+    return measure_memory(TRAINED, preset, *training_shape(preset), options.seconds)
 
 
 def _stream(preset: str, config: PMNetConfig, options: Options) -> dict[str, Any]:

@@ -128,6 +128,17 @@ class OursInt8(Ours):
         return super().decode_bytes(batch, context) - self.saved_bytes
 
 
+class OursCheckpointed(Ours):
+    """Ours with gradient checkpointing: of a layer only what comes in is kept for the backward pass."""
+
+    name = "ours-checkpointed"
+    remark = "activations are computed again in the backward pass"
+
+    def __init__(self, config: PMNetConfig):
+        super().__init__(config)
+        self.module.gradient_checkpointing_enable()
+
+
 class PublishedForm(PMNet):
     """The published formulation, eager."""
 
@@ -228,7 +239,7 @@ class Mamba(Contender):
 
 
 CONTENDERS: dict[str, Callable[[PMNetConfig], Contender]] = {
-    kind.name: kind for kind in (Ours, PublishedForm, Llama, Mamba, OursInt8)
+    kind.name: kind for kind in (Ours, PublishedForm, Llama, Mamba, OursInt8, OursCheckpointed)
 }
 
 

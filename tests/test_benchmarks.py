@@ -101,10 +101,12 @@ def test_the_summary_compares_round_by_round(tmp_path):
     published = {"contender": "published", "length": 4, "seconds": [0.5, 8.0, 4.5]}
     for case, rows in (("decode", [ours, published]), ("decode-int8", [ours, quick, published]), ("scan", [ours])):
         (tmp_path / f"{case}-30m.json").write_text(json.dumps({"rows": rows}))
-    memory = [{**row, "difference_bytes": size} for row, size in ((ours, 100), (published, 250))]
+    again = {"contender": "ours-checkpointed"}
+    memory = [{**row, "difference_bytes": size} for row, size in ((ours, 100), (published, 250), (again, 50))]
     (tmp_path / "memory-30m.json").write_text(json.dumps({"rows": memory}))
     assert [line.split("|")[1::2] for line in summary(tmp_path)[2:]] == [
         [" `decode` ", " 3.0x "], [" `decode-int8` ", " 6.0x "], [" `memory` ", " 2.5x "],
+        [" `memory` ", " 5.0x "],
     ]  # fmt: skip
 
 
