@@ -49,12 +49,16 @@ def _command() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the repository that this file belongs to, not of one that it was merely installed in."""
+    """Commit of the repository that this file belongs to, not of one that it was merely installed in.
+
+    `+changes` is added if files differ from it, but for those below `results/`: a run may store its own.
+    """
     here = Path(__file__).parent
     try:
         subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True)
+        status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]
+        changed = subprocess.run(status, cwd=here, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
