@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pmnet
 from benchmarks import retrieval, table
 from pmnet.model import remote
 from pmnet.model.load import load_model
+from pmnet.report import provenance
 from tests.conftest import run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -35,6 +37,20 @@ def test_every_stored_result_says_where_it_comes_from():
         stored = json.loads(path.read_text())
         assert {"command", "date", "commit", "versions", "machine"} <= set(stored), path
         assert re.fullmatch("[0-9a-f]{40}", stored["commit"]), path
+
+
+def test_only_sources_make_a_commit_a_changed_one(tmp_path, monkeypatch):
+    source, result = tmp_path / "src" / "provenance.py", tmp_path / "results" / "bench.json"
+    for path in (source, result):
+        path.parent.mkdir()
+        path.write_text("1")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "--quiet"], ["add", "."], [*who, "commit", "--quiet", "--message", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    monkeypatch.setattr(provenance, "__file__", str(source))
+    for path, changed in ((result, False), (source, True)):
+        path.write_text("2")
+        assert re.fullmatch("[0-9a-f]{40}" + changed * r"\+changes", provenance._commit())
 
 
 def test_the_speeds_are_those_that_are_stored():
