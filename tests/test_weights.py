@@ -107,6 +107,16 @@ def test_a_step_stands_aside_after_a_change(name, steps):
     assert steps.count == 1
 
 
+def test_a_weight_cut_short_where_it_lies_is_seen(steps):
+    model = small_model("deep")
+    both(model, random_ids(2, 1), *(prefilled(model, 2) for _ in range(2)))
+    weight = model.model.get_submodule(SQUARE).weight
+    weight.data = weight.data[:-1]  # the same address, dense
+    with torch.no_grad(), pytest.raises(ValueError, match="phase_write"):
+        model(random_ids(2, 1), use_cache=True)
+    assert steps.count == 1
+
+
 def test_copies_have_weights_of_their_own(steps):
     model = small_model("deep")
     cache = prefilled(model, 2)

@@ -1,7 +1,7 @@
 """Where the weights of a model lie, for the native step; found once, and again when anything about them has changed.
 
 Finding them takes longer than a step of a small model does. What they were found in is compared before every use: the
-modules and tensors themselves, their addresses, types and hooks.
+modules and tensors themselves, their addresses, sizes, types and hooks.
 
 Shapes: D hidden size, M phases.
 """
@@ -58,8 +58,9 @@ class _Watch:
 
     def _state(self) -> list[Any]:
         tensors = self.tensors
-        dense, kinds = map(Tensor.is_contiguous, tensors), [tensor.dtype for tensor in tensors]
-        return [*map(type, self.modules), *map(Tensor.data_ptr, tensors), *dense, *kinds]
+        kinds = [tensor.dtype for tensor in tensors]
+        layout = chain(map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), map(Tensor.is_contiguous, tensors))
+        return [*map(type, self.modules), *layout, *kinds]
 
 
 class Weights:
