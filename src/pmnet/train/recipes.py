@@ -126,6 +126,13 @@ def box_finish() -> Recipe:
     return replace(box(), steps=8000, learning_rate=1e-3, hold=0.0, finish=True)
 
 
+def long() -> Recipe:
+    """Copy-paste with strings of up to 32 bytes: sixteen slots to a group, and attention to 32 keys."""
+    model = demo_model()
+    model.sliding_window, model.num_memory = 32, 16
+    return replace(demo(32), model=model, steps=12_000, gap=model.receptive_field, hold=0.5)
+
+
 def paper() -> Recipe:
     """Copy-paste at the paper's scale: 12 layers, window 128, 4 levels, reach 1,525, about 15 M parameters."""
     model = PMNetConfig(
@@ -207,7 +214,7 @@ def lm_119m() -> Recipe:
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "lm": {"tiny": lm_tiny, "demo": lm_demo, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
-    "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "paper": paper},
+    "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "long": long, "paper": paper},
     "selective-copy": {"demo": partial(demo, 16)},
     "recall": {"demo": partial(demo, 64)},
     "lookup": {"demo": partial(demo, 50)},
