@@ -49,6 +49,7 @@ def train_command(
     window: Annotated[int | None, typer.Option(min=1, help="Keys that attention sees, of a PMNet.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="How large the task grows (not lm): letters, pairs.")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Grid of rotations, of a PMNet.")] = None,
+    quiet: Annotated[float | None, typer.Option(min=0.0, help="Weight of turns of filler (copy-paste).")] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0.0, help="Its peak, of AdamW and Muon.")] = None,
     clip: Annotated[float | None, typer.Option(min=0.0, help="Greatest gradient norm; 0 clips nothing.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**32 - 1, help="Of initial weights and data.")] = None,
@@ -67,8 +68,8 @@ def train_command(
         raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "piece": piece, "size": size,
-        "practice": practice, "learning_rate": learning_rate, "clip": clip, "seed": seed, "precision": precision,
-        "compile": compile, "checkpoint_seconds": checkpoint_seconds,
+        "practice": practice, "quiet": quiet, "learning_rate": learning_rate, "clip": clip, "seed": seed,
+        "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
     recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
     if recipe.finish and start is None:
@@ -84,6 +85,10 @@ def train_command(
         raise ValueError(f"--learning-rate must be positive and finite, not {recipe.learning_rate}")
     if task == "lm" and size is not None and practice is None:
         raise ValueError("--size is for tasks, not for lm")
+    if recipe.quiet and (task != "copy-paste" or not isinstance(recipe.model, PMNetConfig)):
+        raise ValueError(f"--quiet is for a PMNet on copy-paste, not for a {recipe.model.model_type} on {task}")
+    if not recipe.quiet < math.inf:
+        raise ValueError(f"--quiet must be finite, not {recipe.quiet}")
     if task != "lm" and data:
         raise ValueError(f"--data is for lm, {task} makes its own")
     if task != "lm" and (carry, length, piece, practice, workers) != (None, None, None, None, 0):

@@ -28,6 +28,7 @@ from pmnet.train.checkpoint import (
     starting_point,
 )
 from pmnet.train.progress import Reporter
+from pmnet.train.quiet import Objective, quieted
 from pmnet.train.recipes import Recipe
 from pmnet.train.tasks import Batch, Task
 
@@ -80,7 +81,8 @@ def train(
         rows = slice(accelerator.process_index * carry.rows, (accelerator.process_index + 1) * carry.rows)
         carry.restore({name: tensor[rows].to(accelerator.device) for name, tensor in load_state(found).items()})
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
-    objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
+    objective: Objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
+    objective = quieted(objective, recipe.quiet) if recipe.quiet else objective
 
     def checkpoint(step: int) -> None:
         accelerator.wait_for_everyone()
@@ -178,7 +180,7 @@ def _restore(
 
 def _gradients(
     accelerator: Accelerator,
-    objective: Callable[[PreTrainedModel, Batch, Carry | None], tuple[Tensor, Tensor]],
+    objective: Objective,
     model: PreTrainedModel,
     batch: Batch,
     carry: Carry | None,

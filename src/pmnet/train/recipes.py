@@ -27,6 +27,7 @@ class Recipe:
         size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
         gap: least filler between question and answer in training (copy-paste), the reach of the attention.
         practice: every so many batches, one of copy-paste instead of text (files only); None: text alone.
+        quiet: weight of an auxiliary loss, the mean rotation of filler in radians (copy-paste); 0: none.
         learning_rate: peak of the optimizer.
         silent_reads: start with memory reads that add nothing: their output maps are zero. Not the published
             initialisation; a language model learns faster with it.
@@ -54,6 +55,7 @@ class Recipe:
     size: int = 8
     gap: int = 15
     practice: int | None = None
+    quiet: float = 0.0
     learning_rate: float = 5e-4
     silent_reads: bool = False
     muon: bool = False
@@ -71,6 +73,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision is no or bf16, not {self.precision!r}")
+        if self.quiet and self.compile:
+            raise ValueError("a loss on the rotations of filler (quiet) is not for a step traced with torch.compile")
 
     def facts(self) -> dict[str, Any]:
         """The recipe as JSON-able values, without the model's configuration."""
@@ -124,6 +128,11 @@ def box() -> Recipe:
 def box_finish() -> Recipe:
     """The second half of `box`: strings and gaps that a ladder hardly meets, such as a letter without any filler."""
     return replace(box(), steps=8000, learning_rate=1e-3, hold=0.0, finish=True)
+
+
+def box_quiet() -> Recipe:
+    """The last part of `box`: filler learns to turn nothing, so that no distance is too far."""
+    return replace(box_finish(), steps=12_000, quiet=1.0)
 
 
 def long() -> Recipe:
@@ -214,7 +223,14 @@ def lm_119m() -> Recipe:
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "lm": {"tiny": lm_tiny, "demo": lm_demo, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
-    "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "long": long, "paper": paper},
+    "copy-paste": {
+        "demo": partial(demo, 8),
+        "box": box,
+        "box-finish": box_finish,
+        "box-quiet": box_quiet,
+        "long": long,
+        "paper": paper,
+    },
     "selective-copy": {"demo": partial(demo, 16)},
     "recall": {"demo": partial(demo, 64)},
     "lookup": {"demo": partial(demo, 50)},

@@ -1,6 +1,6 @@
 """Tasks that only a memory can do. docs/tasks.md says exactly what each looks like."""
 
-from pmnet.data.tasks.copy_paste import CopyPaste
+from pmnet.data.tasks.copy_paste import CopyPaste, filler_columns
 from pmnet.data.tasks.episodes import Episodes, Piece, Problem, Span, training_batch
 from pmnet.data.tasks.filler import Filler, text_of
 from pmnet.data.tasks.lookup import Lookup
@@ -19,6 +19,7 @@ __all__ = [
     "Recall",
     "SelectiveCopy",
     "Span",
+    "filler_columns",
     "text_of",
     "training_batch",
 ]

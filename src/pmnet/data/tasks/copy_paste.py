@@ -52,6 +52,12 @@ class CopyPaste:
         return Episodes((Span(_inserted(strings, around, more)), filling.after(spare), asked(strings)))
 
 
+def filler_columns(ids: Tensor) -> Tensor:
+    """Which columns of episodes `[B, T]` are filler, bool of the same shape: neither marker nor letter nor EOS."""
+    begun = ((ids == COPY) | (ids == PASTE)).cumsum(1)
+    return (begun == (ids == EOS).cumsum(1)) & (ids != EOS)
+
+
 def marked(strings: Tensor) -> Tensor:
     """`COPY, letters, EOS`: strings `[B, k]`, result `[B, k + 2]`."""
     return torch.nn.functional.pad(_ended(strings), (1, 0), value=COPY)
