@@ -30,7 +30,7 @@ static inline void address_head(const float* query, const float* keys, int64_t s
         int64_t left = size - m;
         v16 q = tanh(load(query + m, left));
         for (int64_t n = 0; n < slots; n++) {
-            total[n] += keep(cosine_pi(q - half_turns(keys + n * stride, nullptr, m, left)), left, 0.f);
+            total[n] += keep(cosine_pi(q - tanh(load(keys + n * stride + m, left))), left, 0.f);
         }
     }
     float scale = 1.f / __builtin_sqrtf((float)size);
