@@ -59,7 +59,7 @@ def test_it_is_the_mean_rotation_of_filler():
     with traced(model) as traces:
         model(batch["input_ids"], use_cache=False)
     filler = filler_columns(batch["input_ids"])
-    expected = sum(write["theta"][filler].abs().mean() for write, _ in traces)
+    expected = sum(write["theta"][filler].abs().mean() for write, _ in traces[1:])
     torch.testing.assert_close(loss - plain, 0.5 * expected, rtol=1e-4, atol=1e-6)
     assert all(not module._forward_hooks for module in model.modules())
 
@@ -78,7 +78,7 @@ def test_training_with_it_makes_filler_turn_less(tmp_path):
         model = train(replace(plan, quiet=weight), Fixed(problem), tmp_path / str(weight))
         with traced(model) as traces, torch.no_grad():
             model(ids, use_cache=False)
-        turned[weight] = sum(float(write["theta"][filler_columns(ids)].abs().mean()) for write, _ in traces)
+        turned[weight] = sum(float(write["theta"][filler_columns(ids)].abs().mean()) for write, _ in traces[1:])
     assert sum(isinstance(module, MemoryWrite) for module in model.modules()) == 2
     assert turned[1.0] < 0.5 * turned[0.0]
 
@@ -86,7 +86,8 @@ def test_training_with_it_makes_filler_turn_less(tmp_path):
 def test_what_cannot_be_quiet_is_named(tmp_path):
     common = ["--quiet", "1", "--steps", "1", "--out", tmp_path / "r"]
     fails(["train", "recall", *common], "--quiet", "recall")
-    fails(["train", "copy-paste", "--model", "llama", *common], "--quiet", "llama")
+    for other in ("llama", "flat"):
+        fails(["train", "copy-paste", "--model", other, *common], "--quiet", other)
     fails(["train", "copy-paste", "--quiet", "inf", "--out", tmp_path / "r"], "--quiet", "inf")
     fails(["train", "copy-paste", "--compile", *common], "quiet", "torch.compile")
     assert not (tmp_path / "r").exists()

@@ -85,8 +85,8 @@ def train_command(
         raise ValueError(f"--learning-rate must be positive and finite, not {recipe.learning_rate}")
     if task == "lm" and size is not None and practice is None:
         raise ValueError("--size is for tasks, not for lm")
-    if recipe.quiet and (task != "copy-paste" or not isinstance(recipe.model, PMNetConfig)):
-        raise ValueError(f"--quiet is for a PMNet on copy-paste, not for a {recipe.model.model_type} on {task}")
+    if recipe.quiet and (task != "copy-paste" or getattr(recipe.model, "num_levels", 1) < 2):
+        raise ValueError(f"--quiet is for copy-paste and a PMNet of several levels, not for {architecture} on {task}")
     if not recipe.quiet < math.inf:
         raise ValueError(f"--quiet must be finite, not {recipe.quiet}")
     if task != "lm" and data:

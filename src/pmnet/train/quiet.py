@@ -1,7 +1,8 @@
-"""Quiet filler: an auxiliary loss that teaches a memory to turn nothing for bytes that nobody will ask for.
+"""Quiet filler: an auxiliary loss that teaches the leaves of a memory to turn nothing for bytes that nobody asks for.
 
 A constant rotation of 1e-6 radians a byte is a whole radian after a million bytes. What stays below the dead zone of
-`phase_bits` (DESIGN section 2) is exactly nothing instead, however long the filler.
+`phase_bits` (DESIGN section 2) is exactly nothing instead, however long the filler. The root may turn: it does so from
+the first bytes on, and training sees where that leads; what turns slowly below it, training never does.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,13 +22,13 @@ Objective = Callable[[PreTrainedModel, Batch, Carry | None], tuple[Tensor, Tenso
 
 
 def quieted(objective: Objective, weight: float) -> Objective:
-    """The objective with `weight` times the mean |theta| (radians) of the columns of filler, summed over levels."""
+    """The objective with `weight` times the mean |theta| (radians) of the columns of filler, over the levels below the root."""
 
     def total(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
         with rotations(model) as found:
             loss, correct = objective(model, batch, carry)
         filler = filler_columns(batch["input_ids"])
-        turned = torch.stack([(theta.abs().mean(2) * filler).sum() for theta in found])
+        turned = torch.stack([(theta.abs().mean(2) * filler).sum() for theta in found[1:]])
         return loss + weight * turned.sum() / filler.sum().clamp(min=1), correct
 
     return total

@@ -27,7 +27,7 @@ class Recipe:
         size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
         gap: least filler between question and answer in training (copy-paste), the reach of the attention.
         practice: every so many batches, one of copy-paste instead of text (files only); None: text alone.
-        quiet: weight of an auxiliary loss, the mean rotation of filler in radians (copy-paste); 0: none.
+        quiet: weight of an auxiliary loss, the mean rotation of filler below the root in radians (copy-paste); 0: none.
         learning_rate: peak of the optimizer.
         silent_reads: start with memory reads that add nothing: their output maps are zero. Not the published
             initialisation; a language model learns faster with it.
