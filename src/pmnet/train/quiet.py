@@ -22,7 +22,7 @@ Objective = Callable[[PreTrainedModel, Batch, Carry | None], tuple[Tensor, Tenso
 
 
 def quieted(objective: Objective, weight: float) -> Objective:
-    """The objective with `weight` times the mean |theta| (radians) of the columns of filler, over the levels below the root."""
+    """The objective, and `weight` times the mean |theta| in radians of filler, summed over levels below the root."""
 
     def total(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) -> tuple[Tensor, Tensor]:
         with rotations(model) as found:
