@@ -119,18 +119,27 @@ def demo(size: int) -> Recipe:
 
 
 def box() -> Recipe:
-    """The copy-paste model that comes with the project: strings of up to 32 bytes, about an hour on one CPU core.
-
-    With eight slots to a group, strings ended between 16 and 20 letters.
-    """
+    """The copy-paste model that comes with the project: strings of up to 16 bytes, about an hour on one CPU core."""
     model = demo_model()
-    model.sliding_window, model.num_memory = 16, 16
-    return replace(demo(32), model=model, steps=12_000, gap=model.receptive_field, hold=0.5)
+    model.sliding_window = 16
+    return replace(demo(16), model=model, steps=12_000, gap=model.receptive_field, hold=0.5)
 
 
 def box_finish() -> Recipe:
-    """The second half of `box`: gaps that a ladder hardly meets, and filler that turns nothing below the root."""
-    return replace(box(), steps=9000, learning_rate=1e-3, hold=0.0, finish=True, quiet=1.0)
+    """The second half of `box`: strings and gaps that a ladder hardly meets, such as a letter without any filler."""
+    return replace(box(), steps=8000, learning_rate=1e-3, hold=0.0, finish=True)
+
+
+def long() -> Recipe:
+    """Strings of up to 32 bytes: `box` with sixteen slots to a group. With eight, strings end before 20 letters."""
+    model = box().model
+    model.num_memory = 16
+    return replace(box(), model=model, size=32)
+
+
+def long_finish() -> Recipe:
+    """The second half of `long`: all gaps alike, and filler that turns nothing below the root."""
+    return replace(long(), steps=2400, learning_rate=4e-4, hold=0.0, finish=True, quiet=1.0)
 
 
 def paper() -> Recipe:
@@ -214,7 +223,14 @@ def lm_119m() -> Recipe:
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "lm": {"tiny": lm_tiny, "demo": lm_demo, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
-    "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "paper": paper},
+    "copy-paste": {
+        "demo": partial(demo, 8),
+        "box": box,
+        "box-finish": box_finish,
+        "long": long,
+        "long-finish": long_finish,
+        "paper": paper,
+    },
     "selective-copy": {"demo": partial(demo, 16)},
     "recall": {"demo": partial(demo, 64)},
     "lookup": {"demo": partial(demo, 50)},
