@@ -49,3 +49,25 @@ def test_what_copying_beside_books_gives_is_stored():
     for size, distance in ((8, 62), (8, 1984), (16, 62)):
         shares = exact[size, distance]
         assert f"{median(shares):.1f} % ({min(shares):.1f} to {max(shares):.1f})" in text
+
+
+def test_quiet_filler_and_sixteen_slots_are_stored():
+    text, folder = told("docs/retrieval.md"), ROOT / "results" / "retrieval" / "quiet-filler"
+
+    def cell(run, size, distance):
+        parts = (json.loads(path.read_text())["cells"] for path in (folder / run).glob("*/copy-paste.json"))
+        (found,) = [c for cells in parts for c in cells if (c["size"], c["distance"]) == (size, distance)]
+        return found
+
+    million = cell("eight-slots-leaves", 8, 1e6)
+    assert million["exact"] == 1
+    assert f"{million['strings']} of those 128 strings (95 % interval from {100 * million['low']:.1f} %)" in text
+    sixteen = cell("eight-slots-leaves", 16, 1984)
+    assert f"{100 * sixteen['exact']:.1f} % of {sixteen['strings']:,} are exact behind 1,984 bytes" in text
+    rows = re.findall(r"^\| (\d+) \|" + r" ([\d.]+) % \|" * 4 + "$", (ROOT / "docs" / "retrieval.md").read_text(), re.M)
+    assert [int(size) for size, *_ in rows] == [8, 16, 32]
+    for size, *figures in rows:
+        runs = ("sixteen-slots-first-half", "sixteen-slots-gentle-finish")
+        cells = [cell(run, int(size), distance) for run in runs for distance in (62, 10_000)]
+        assert [c["strings"] for c in cells] == [1000, 500] * 2
+        assert [f"{100 * c['exact']:.1f}" for c in cells] == figures
