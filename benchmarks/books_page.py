@@ -56,7 +56,7 @@ def text(root: Path) -> str:
             "First comparison: half the bytes, less than half the learning rate",
             [root / "first" / entry.name for entry in (*MODELS, *ABLATIONS) if (root / "first" / entry.name).exists()],
         ),
-        *_comparison("Attention that sees two keys and reaches 4 bytes", _stored(root, NARROW)),
+        *_comparison("Attention that sees two keys and reaches 5 bytes", _stored(root, NARROW)),
         *_comparison("Taught to copy first, and fresh models of the same size", _stored(root, COPY_FIRST)),
         *_comparison("Text and copy-paste in turns, and fresh models at the same rate", _stored(root, PRACTICE)),
         *_writes(_stored(root, (*MODELS, *LONGER, *PIECES, *ABLATIONS, *NARROW, *COPY_FIRST, *PRACTICE))),

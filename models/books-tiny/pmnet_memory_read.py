@@ -1,4 +1,4 @@
-"""Read: what a position learns from the slots of its group (DESIGN section 1, step 3).
+"""Read: what a position learns from the slots of its group (docs/model.md, read).
 
 Shapes: B, T, D hidden size, N slots, M phases, R read heads.
 """

@@ -1,4 +1,4 @@
-"""Agreement of phases, and reading slots by it (DESIGN section 1, steps 2 and 3).
+"""Agreement of phases, and reading slots by it (docs/model.md, write and read).
 
 Shapes: B, T, R read heads, N slots, M phases, G groups. A *raw* value x stands for the angle `pi * tanh(x)` in radians.
 Angles are float32 (float64 in a float64 model), never half precision.

@@ -47,7 +47,7 @@ def phase_scan(
     documents: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Inclusive segmented sum of rotations on the circle (DESIGN section 1, step 2), exact to the bit.
+    """Inclusive segmented sum of rotations on the circle (docs/model.md, write), exact to the bit.
 
     Args:
         delta: int32 turns, `[B, T, C]`.

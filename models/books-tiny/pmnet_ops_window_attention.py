@@ -1,4 +1,4 @@
-"""Causal sliding-window attention in one native call (DESIGN section 1, step 1).
+"""Causal sliding-window attention in one native call (docs/model.md, a layer).
 
 Shapes: B, T queries, H query heads, K key/value heads, E head_dim, W window.
 """

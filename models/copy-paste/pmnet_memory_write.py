@@ -1,4 +1,4 @@
-"""Write: turn a position into rotations of the slots of its group, and hand the field down (DESIGN section 1, step 2).
+"""Write: turn a position into rotations of the slots of its group, and hand the field down (docs/model.md, write).
 
 Shapes: B, T, D hidden size, G groups of the level, N slots, M phases.
 """

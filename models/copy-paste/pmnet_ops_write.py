@@ -1,4 +1,4 @@
-"""The unitary phasor update of a level, for all positions at once (DESIGN section 1, step 2).
+"""The unitary phasor update of a level, for all positions at once (docs/model.md, write).
 
 Shapes: B sequences, T positions, G groups of the level, N slots, M phases.
 """

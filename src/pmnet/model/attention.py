@@ -1,4 +1,4 @@
-"""Causal sliding-window attention (DESIGN section 1, step 1).
+"""Causal sliding-window attention (docs/model.md, a layer).
 
 Shapes: B, T, D hidden size, H query heads, K key/value heads, E head_dim, W window.
 """

@@ -12,7 +12,7 @@ from torch import Tensor
 def phase_scan_reference(
     delta: Tensor, segments: Tensor, initial_state: Tensor, documents: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Apply `z <- z * exp(i * delta)` token by token in double precision (DESIGN section 1, step 2).
+    """Apply `z <- z * exp(i * delta)` token by token in double precision (docs/model.md, write).
 
     Args:
         delta: rotations in radians, `[B, T, C]`.

@@ -23,6 +23,7 @@ def provenance() -> dict[str, Any]:
         | {"python": platform.python_version()},
         "machine": {
             "processor": _processor(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

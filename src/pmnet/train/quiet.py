@@ -1,7 +1,7 @@
 """Quiet filler: an auxiliary loss that teaches the leaves of a memory to turn nothing for bytes that nobody asks for.
 
 A constant rotation of 1e-6 radians a byte is a whole radian after a million bytes. What stays below the dead zone of
-`phase_bits` (DESIGN section 2) is exactly nothing instead, however long the filler. The root may turn: it does so from
+`phase_bits` (docs/model.md) is exactly nothing instead, however long the filler. The root may turn: it does so from
 the first bytes on, and training sees where that leads; what turns slowly below it, training never does.
 """
 

@@ -2,7 +2,7 @@
 
 Shapes: B sequences, T positions, N slots, M phases, R read heads; P = B * T positions in all, K = 2M.
 
-Equations (DESIGN section 1, step 3, with values linear in the geometry):
+Equations (docs/model.md, read; with values linear in the geometry):
 `k[t, n, r] = pi * tanh(W_k[r] geo[t, n] + b_k[r])`, `a[t, n, r] = softmax_n sum_m cos(pi * tanh(q) - k) / sqrt(M)`,
 `mixed[t, r] = sum_n a[t, n, r] geo[t, n]`. Angles are counted in half turns here, so that pi appears only inside the
 cosine.

@@ -2,7 +2,7 @@
 
 Shapes: B sequences, T positions, N slots, M phases, G groups, C = N * M channels of a group.
 
-Equations (DESIGN section 1, step 2): `delta[t, n, m] = p[t, n] * theta[t, m]`, rounded to turns; a state is the
+Equations (docs/model.md, write): `delta[t, n, m] = p[t, n] * theta[t, m]`, rounded to turns; a state is the
 inclusive sum of `delta` over the positions of its segment (same sequence, document and group) up to `t`, plus the
 state that the group had before. The product never reaches memory: `[B, T, C]` is written once and read never.
 
