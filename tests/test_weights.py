@@ -75,6 +75,9 @@ ASIDE = {
     "hook": lambda core: core.get_submodule(SQUARE).register_forward_hook(lambda module, inputs, output: 2 * output),
     "forward": lambda core: setattr(core.get_submodule(SQUARE), "forward", torch.zeros_like),
     "class": lambda core: setattr(core.get_submodule(SQUARE), "__class__", Louder),
+    "scaling": lambda core: setattr(core.layers[0].self_attn, "scaling", 0.01),
+    "eps": lambda core: setattr(core.layers[1].input_layernorm, "eps", 0.1),
+    "eps of the last norm": lambda core: setattr(core.norm, "eps", 0.1),
     "parametrization": lambda core: nn.utils.parametrizations.weight_norm(core.get_submodule(SQUARE)),
 }
 
@@ -112,7 +115,7 @@ def test_a_weight_cut_short_where_it_lies_is_seen(steps):
     both(model, random_ids(2, 1), *(prefilled(model, 2) for _ in range(2)))
     weight = model.model.get_submodule(SQUARE).weight
     weight.data = weight.data[:-1]  # the same address, dense
-    with torch.no_grad(), pytest.raises(ValueError, match="phase_write"):
+    with torch.no_grad(), pytest.raises(ValueError, match="a bias of"):
         model(random_ids(2, 1), use_cache=True)
     assert steps.count == 1
 

@@ -16,6 +16,7 @@ from .pmnet_config import PMNetConfig
 from .pmnet_memory import Visit, empty_memory
 from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
+from .pmnet_model_checks import check_anchors, check_cache, check_ids, check_packing
 from .pmnet_model_chunk import read_chunk
 from .pmnet_model_generation import PMNetGenerationMixin
 from .pmnet_model_step import try_step
@@ -71,6 +72,16 @@ class PMNetPreTrainedModel(PreTrainedModel):
         super().save_pretrained(*arguments, **kwargs)
 
 
+class Anchors(nn.ParameterList):
+    """One anchor tensor per level, radians `[G, N, M]`; called, so that hooks which load weights see it."""
+
+    __call__ = nn.Module.__call__  # a list of parameters refuses
+
+    def forward(self, level: int) -> Tensor:
+        """That of `level`."""
+        return self[level]
+
+
 class PMNetModel(PMNetPreTrainedModel):
     """The stack of decoder layers with its memory tree; returns hidden states."""
 
@@ -78,7 +89,7 @@ class PMNetModel(PMNetPreTrainedModel):
         config.validate_architecture()  # again: values may have been set since it was made
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.memory_embeddings = nn.ParameterList(
+        self.memory_embeddings = Anchors(
             nn.Parameter(torch.empty(config.memory_shape(level))) for level in range(config.num_levels)
         )
         self.layers = nn.ModuleList(PMNetBlock(config, i) for i in range(config.num_hidden_layers))
@@ -121,7 +132,7 @@ class PMNetModel(PMNetPreTrainedModel):
             document_ids: `[B, T]`; a change of value starts a new document. The first position continues the
                 document of the cache.
             output_hidden_states: also return the hidden states after the embedding and after each layer, the last of
-                them normed.
+                them normed. Defaults to the value in `config`.
             kwargs: other `transformers` keywords (`return_dict`, ...) are accepted and ignored.
 
         Returns:
@@ -136,12 +147,17 @@ class PMNetModel(PMNetPreTrainedModel):
         if inputs_embeds is not None and input_ids is None:
             hidden = inputs_embeds
         elif input_ids is not None and inputs_embeds is None:
-            _check_ids(input_ids, self.config.vocab_size)
+            check_ids(input_ids, self.config.vocab_size)
             hidden = self.embed_tokens(input_ids)
         else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if hidden.dim() != 3 or hidden.shape[2] != self.config.hidden_size:
+            wanted = f"[batch, positions, {self.config.hidden_size}]"
+            raise ValueError(f"inputs_embeds (or the embedding) must be {wanted}, got {tuple(hidden.shape)}")
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         if past_key_values is not None:
-            _check_cache(past_key_values, self.config, hidden)
+            check_cache(past_key_values, self.config, hidden)
         elif self.config.use_cache and not self.training if use_cache is None else use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
@@ -152,6 +168,7 @@ class PMNetModel(PMNetPreTrainedModel):
             )  # fmt: skip
             if stepped is not None:
                 return BaseModelOutputWithPast(last_hidden_state=stepped, past_key_values=past_key_values)
+        check_anchors(self.memory_embeddings, self.config)
         dropout = self.config.attention_dropout if self.training else 0.0
         chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
         hidden = chunk.compact(hidden)
@@ -168,7 +185,7 @@ class PMNetModel(PMNetPreTrainedModel):
             level = self.config.level_of(i)
             past = past_key_values.window[i] if past_key_values is not None and past_key_values.columns else None
             hidden, here, below, after_memory[level], past = layer(
-                hidden, here, below, self.memory_embeddings[level], after_memory[level], past, rotary,
+                hidden, here, below, self.memory_embeddings(level), after_memory[level], past, rotary,
                 chunk.window, chunk.tokens,
             )  # fmt: skip
             after_window.append(past)
@@ -226,6 +243,7 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         Raises:
             ValueError: as `PMNetModel.forward`.
         """
+        check_packing(position_ids, document_ids, kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -258,24 +276,6 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         head = Linear(new.in_features, new.out_features, bias=False, device="meta")
         head.weight = new.weight
         return head
-
-
-def _check_ids(ids: Tensor, vocab_size: int) -> None:
-    if ids.dim() != 2 or ids.shape[1] == 0:
-        raise ValueError(f"input_ids must be [batch, positions] with at least one position, got {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
-        low, high = (int(x) for x in torch.aminmax(ids))
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
-
-
-def _check_cache(cache: PMNetCache, config: PMNetConfig, hidden: Tensor) -> None:
-    if not isinstance(cache, PMNetCache):
-        raise ValueError(f"past_key_values must be a PMNetCache, got {type(cache).__name__}")
-    if not torch.compiler.is_compiling():
-        cache.check_fits(config, hidden.shape[0])
-        if cache.seen.device != hidden.device:
-            raise ValueError(f"this state is on {cache.seen.device}, the model on {hidden.device}: use .to()")
 
 
 __all__ = ["PMNetForCausalLM", "PMNetModel", "PMNetPreTrainedModel"]

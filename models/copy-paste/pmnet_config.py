@@ -76,6 +76,8 @@ class PMNetConfig(PreTrainedConfig):
     eos_token_id: int | None = 258
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if type(self).__module__.startswith("pmnet."):  # its code is this package, wherever the weights came from
+            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         self.rope_theta = (getattr(self, "rope_parameters", None) or {}).get("rope_theta", self.rope_theta)
         self.validate_architecture()

@@ -7,6 +7,8 @@ from transformers import GenerationMixin
 from transformers.generation import GenerationConfig
 
 from .pmnet_model_cache import PMNetCache
+from .pmnet_model_chunk import changes
+from .pmnet_model_window import positions_within
 
 
 class PMNetGenerationMixin(GenerationMixin):
@@ -25,16 +27,33 @@ class PMNetGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Start from a PMNetCache unless the user brought one or switched caching off."""
+        """Start from a PMNetCache unless the user brought one or switched caching off.
+
+        Documents become positions that begin again: those have a place for what is generated, and can be cut anywhere.
+
+        Raises:
+            ValueError: if both are given.
+        """
+        documents = model_kwargs.pop("document_ids", None)
+        if documents is not None:
+            if model_kwargs.get("position_ids") is not None:
+                raise ValueError("generate takes document_ids or position_ids, not both")
+            model_kwargs["position_ids"] = positions_within(changes(documents), None)
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-            model_kwargs["past_key_values"] = PMNetCache(self.config, rows, self.device, self.dtype)
+            given = (value.device for value in model_kwargs.values() if isinstance(value, torch.Tensor))
+            device = next(given, self.device)  # the model's own says nothing where its weights are offloaded
+            model_kwargs["past_key_values"] = PMNetCache(self.config, rows, device, self.dtype)
 
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: a state knows its own positions, which begin again with every document."""
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, next_sequence_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As every cache: `generate` takes all ids from the first one on and skips what the state has read.
 
@@ -46,15 +65,7 @@ class PMNetGenerationMixin(GenerationMixin):
                 f"generate takes everything from the beginning, and this state has read all {input_ids.shape[1]} ids: "
                 "pmnet.stream_bytes continues a state with new bytes alone"
             )
-        found: dict[str, Any] = super().prepare_inputs_for_generation(input_ids, next_sequence_length, **kwargs)
-        return found
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """What is generated belongs to the last document, which the state continues."""
-        documents = model_kwargs.pop("document_ids", None)
-        if documents is not None and outputs.get("past_key_values") is None:
-            model_kwargs["document_ids"] = torch.cat([documents, documents[:, -1:]], dim=1)
-        found: dict[str, Any] = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *arguments, **kwargs)
+        found: dict[str, Any] = super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
         return found

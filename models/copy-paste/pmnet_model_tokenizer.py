@@ -45,13 +45,19 @@ class ByteTokenizer(PreTrainedTokenizer):
         **kwargs: object,
     ):
         self.errors, self.published_ids = errors, published_ids
+        if type(self).__module__.startswith("pmnet."):  # its code is this package, wherever the files came from
+            kwargs.pop("auto_map", None)
         names = {"pad_token": pad_token, "bos_token": bos_token, "eos_token": eos_token}
-        self._special_ids = {
-            str(names[role]): index for role, index in (PUBLISHED_IDS if published_ids else _OWN_IDS).items()
-        }
+        saved: Any = kwargs.pop(
+            "added_tokens_decoder", {}
+        )  # of a tokenizer that was saved: its ids stay what they were
+        kept = {token.content: i for i, token in saved.items()}
+        known = {f"<0x{i:02X}>": i for i in range(256)} | MARKERS | kept
+        usual = PUBLISHED_IDS if published_ids else _OWN_IDS
+        roles = {str(names[role]): known.get(str(names[role]), i) for role, i in usual.items()}
+        self._special_ids = {token: i for token, i in (kept | roles).items() if i < VOCAB_SIZE}
         self._added_tokens_decoder = {i: AddedToken(t, special=True) for t, i in self._special_ids.items()}
         self._ids = self.get_vocab()
-        saved: Any = kwargs.pop("added_tokens_decoder", {})
         self._added_tokens_decoder |= {i: token for i, token in saved.items() if i >= VOCAB_SIZE}
         kwargs["split_special_tokens"] = True
         super().__init__(errors=errors, published_ids=published_ids, **names, **kwargs)
@@ -85,8 +91,8 @@ class ByteTokenizer(PreTrainedTokenizer):
         return self._ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        if not 0 <= index < VOCAB_SIZE:
-            raise ValueError(f"token id {index} is outside [0, {VOCAB_SIZE})")
+        if index < 0:
+            raise ValueError(f"token id {index} is negative")
         if index < 256:
             return f"<0x{index:02X}>"
         named = {i: token for token, i in (MARKERS | self._special_ids).items()}

@@ -27,6 +27,8 @@ CONFIGURED = (
     "num_memory", "memory_size", "num_memory_read_heads", "phase_bits", "memory_cumsum", "num_hidden_layers",
     "memory_write_period",
 )  # fmt: skip
+_WATCHED = (*CONFIGURED, "rms_norm_eps")
+_NUMBERS = ("eps", "scaling")  # that modules keep for themselves
 
 
 class _Unusual(Exception):
@@ -60,7 +62,8 @@ class _Watch:
         tensors = self.tensors
         kinds = [tensor.dtype for tensor in tensors]
         layout = chain(map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), map(Tensor.is_contiguous, tensors))
-        return [*map(type, self.modules), *layout, *kinds]
+        numbers = [module.__dict__.get(name) for module in self.modules for name in _NUMBERS]
+        return [*map(type, self.modules), *layout, *kinds, *numbers]
 
 
 class Weights:
@@ -81,17 +84,22 @@ class Weights:
 
     def __init__(self, config: PMNetConfig, layers: nn.ModuleList, anchors: nn.ParameterList, norm: nn.Module):
         values = vars(config)
-        self._config, self._watch = [values[name] for name in CONFIGURED], _Watch(layers, anchors, norm)
+        self._config, self._watch = [values[name] for name in _WATCHED], _Watch(layers, anchors, norm)
+        expected = {"eps": values["rms_norm_eps"], "scaling": values["head_dim"] ** -0.5}
+        if any(vars(module).get(name, expected[name]) != expected[name]
+               for module in self._watch.modules for name in _NUMBERS):  # fmt: skip
+            raise _Unusual
         sizes = _sizes(values)
         self.layers = [_pointers_of(layer, *sizes) for layer in layers]
-        self.anchors = [_float(anchor) for anchor in anchors]
+        slots, size = values["num_memory"], values["memory_size"]
+        self.anchors = [_float(anchor, slots ** (level + 1) * size) for level, anchor in enumerate(anchors)]
         _check(norm, RMSNorm)
         self.norm = _float(norm._parameters["weight"], values["hidden_size"])
 
     def hold(self, config: PMNetConfig, anchors: nn.ParameterList, norm: nn.Module) -> bool:
         """Whether all of it is still true."""
         values = vars(config)  # attributes of a configuration are slow
-        return [values[name] for name in CONFIGURED] == self._config and self._watch.unchanged(anchors, norm)
+        return [values[name] for name in _WATCHED] == self._config and self._watch.unchanged(anchors, norm)
 
 
 _known: WeakKeyDictionary[nn.ModuleList, Weights] = WeakKeyDictionary()
@@ -151,8 +159,10 @@ def _pointers_of(layer: nn.Module, norm_sizes: list[int], product_sizes: list[in
             found += _int8(product, count)
             continue
         _check(product, Linear)
-        bias = product._parameters["bias"]
-        found += (_float(product._parameters["weight"], count), 0, 0 if bias is None else _float(bias))
+        weight, bias = product._parameters["weight"], product._parameters["bias"]
+        address = _float(weight, count)
+        assert weight is not None
+        found += (address, 0, 0 if bias is None else _float(bias, weight.shape[0]))
     return found
 
 
@@ -163,7 +173,7 @@ def _int8(product: Int8Linear, count: int) -> tuple[int, int, int]:
     tensors = product._buffers  # attributes of a module are slow
     panels, bias = tensors["panels"], tensors["bias"]
     assert panels is not None
-    return panels.data_ptr(), _float(tensors["scale"]), 0 if bias is None else _float(bias)
+    return panels.data_ptr(), _float(tensors["scale"]), 0 if bias is None else _float(bias, product.out_features)
 
 
 def _inside(module: nn.Module | None, kind: type) -> dict[str, nn.Module | None]:

@@ -37,10 +37,12 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         `[..., O]`. In half precision and on other devices this is `torch.nn.functional.linear`.
 
     Raises:
-        ValueError: if the input is not K wide.
+        ValueError: if the input is not K wide, or the bias not O.
     """
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"a linear map of {weight.shape[1]} inputs got {tuple(x.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"a linear map of {weight.shape[0]} outputs got a bias of {tuple(bias.shape)}")
     x = x.to(weight.dtype)
     if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)

@@ -134,7 +134,6 @@ def _further(recipe: Recipe, start: Path, window: int | None, phase_bits: int | 
     if model.vocab_size <= COPY:
         raise ValueError(f"{start} knows {model.vocab_size} ids; bytes and their control ids need {COPY + 1}")
     model.dtype = "float32"
-    vars(model).pop("auto_map", None)  # names code files of an exported folder, which a run folder has not
     recipe = _changed(replace(recipe, model=model, start=str(start), silent_reads=False), window, phase_bits)
     return replace(recipe, gap=model.receptive_field) if isinstance(model, PMNetConfig) else recipe
 

@@ -106,14 +106,14 @@ def read_chunk(
         positions = compacted("position_ids", position_ids)
         documents = _restarts(positions, expected)
     elif document_ids is not None:
-        documents = _changes(compacted("document_ids", document_ids))
+        documents = changes(compacted("document_ids", document_ids))
         positions = positions_within(documents, expected)
     else:
         positions = torch.arange(length, device=device).unsqueeze(0)
         positions = positions if expected is None else positions + expected
     if documents is not None:
         if document_ids is not None and position_ids is not None:
-            documents = documents | _changes(compacted("document_ids", document_ids))
+            documents = documents | changes(compacted("document_ids", document_ids))
         documents = (documents if valid is None else documents & valid).long().cumsum(1)
 
     window = plan_window(
@@ -136,6 +136,6 @@ def _restarts(positions: Tensor, expected: Tensor | None) -> Tensor:
     return positions < torch.cat([expected, positions[:, :-1] + 1], dim=1)
 
 
-def _changes(ids: Tensor) -> Tensor:
+def changes(ids: Tensor) -> Tensor:
     """Bool `[B, T]`: the id differs from the one before it; the first never does."""
     return ids != torch.cat([ids[:, :1], ids[:, :-1]], dim=1)

@@ -1,0 +1,45 @@
+"""What a call of the model is told when its arguments do not fit: one sentence each."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .pmnet_config import PMNetConfig
+from .pmnet_model_cache import PMNetCache
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> None:
+    """ValueError unless ids are int `[B, T]` in `[0, vocab_size)`."""
+    if ids.dim() != 2 or ids.shape[1] == 0:
+        raise ValueError(f"input_ids must be [batch, positions] with at least one position, got {tuple(ids.shape)}")
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+        low, high = (int(x) for x in torch.aminmax(ids))
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
+
+
+def check_anchors(anchors: nn.ParameterList, config: PMNetConfig) -> None:
+    """ValueError unless the anchors of each level have the configured shape."""
+    for level, anchor in enumerate(anchors):
+        if anchor.shape != config.memory_shape(level):
+            raise ValueError(
+                f"anchors of level {level} must be {config.memory_shape(level)}, got {tuple(anchor.shape)}"
+            )
+
+
+def check_packing(position_ids: Tensor | None, document_ids: Tensor | None, others: dict[str, Any]) -> None:
+    """ValueError if documents are packed and only the keywords of other kernels say where they begin."""
+    told = sorted({"cu_seq_lens_q", "seq_idx"} & set(others))
+    if told and position_ids is None and document_ids is None:
+        raise ValueError(f"{told[0]} alone does not tell packed documents apart: give position_ids or document_ids")
+
+
+def check_cache(cache: PMNetCache, config: PMNetConfig, hidden: Tensor) -> None:
+    """ValueError unless the state belongs to this model, batch and device."""
+    if not isinstance(cache, PMNetCache):
+        raise ValueError(f"past_key_values must be a PMNetCache, got {type(cache).__name__}")
+    if not torch.compiler.is_compiling():
+        cache.check_fits(config, hidden.shape[0])
+        if cache.seen.device != hidden.device:
+            raise ValueError(f"this state is on {cache.seen.device}, the model on {hidden.device}: use .to()")
