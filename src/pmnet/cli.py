@@ -1,6 +1,7 @@
 """The `pmnet` command; its larger subcommands are in `cli_*.py`."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,6 +53,12 @@ def _plain_errors() -> Iterator[None]:
     except (OSError, ValueError) as error:
         print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+            raise
+        wanted = "smaller batches, lengths, windows or sizes need less"
+        print(f"pmnet: not enough memory ({str(error).strip().splitlines()[0][:200]}); {wanted}", file=sys.stderr)
+        raise typer.Exit(1) from error
 
 
 @app.callback()
@@ -72,7 +79,7 @@ def bits_command(
     data: Annotated[list[Path], typer.Option(help="Held-out file or folder; may be repeated.")],
     limit: Annotated[int | None, typer.Option(min=1, help="Bytes to read of each file.")] = None,
     int8: Int8 = False,
-    save: Annotated[Path | None, typer.Option(help="JSON file for the result.")] = None,
+    save: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="JSON file for the result.")] = None,
 ) -> None:
     """Bits per byte of files, each streamed with constant memory."""
     with _plain_errors():
@@ -129,6 +136,8 @@ def generate_command(
                 raise IsADirectoryError(f"{save_state} is a folder, not a file to save the state in")
         read = b""
         if prompt_file is not None:
+            if str(prompt_file) == "-" and sys.stdin is None:
+                raise ValueError("there is no standard input to read a prompt from")
             read = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
         torch.manual_seed(seed)
         text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer

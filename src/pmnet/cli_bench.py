@@ -21,7 +21,9 @@ def flops_command(
     model: Annotated[Path | None, typer.Argument(help="Folder of a model, instead of a preset.")] = None,
     preset: Annotated[str | None, typer.Option(help=f"One of {', '.join(MODELS)}.")] = None,
     length: Annotated[int | None, typer.Option(min=1, help="Positions T that T x T attention pays for.")] = None,
-    save: Annotated[Path | None, typer.Option("--json", help="File for the counts.")] = None,
+    save: Annotated[
+        Path | None, typer.Option("--json", dir_okay=False, writable=True, help="File for the counts.")
+    ] = None,
 ) -> None:
     """Count FLOP, functions, weights and decode traffic of every part, as published and as computed here."""
     if (model is None) == (preset is None):

@@ -25,9 +25,9 @@ from pmnet.train.recipes import demo, demo_model
 
 out = Console(markup=False)
 
-Save = Annotated[Path, typer.Option(help="Folder for the JSON file and the PNG.")]
+Save = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON file and the PNG.")]
 Models = Annotated[str, typer.Option(help="pmnet and controls of its size, separated by commas.")]
-Seed = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
 
 
@@ -150,9 +150,12 @@ def _config(name: str) -> PreTrainedConfig:
 def _networks(names: str, folders: list[Path], seed: int) -> Iterator[tuple[str, str | None, PreTrainedModel]]:
     """Name, folder and model: first fresh ones, then those of the folders."""
     others = [load_any(folder) for folder in folders]  # first, so that a wrong one is named at once
-    for name in filter(None, names.split(",")):
+    fresh = {name: _config(name) for name in filter(None, map(str.strip, names.split(",")))}
+    if not fresh and not others:
+        raise ValueError("no models to measure: name some with --models, or give folders of trained ones")
+    for name, config in fresh.items():
         torch.manual_seed(seed)
-        yield name, None, AutoModelForCausalLM.from_config(_config(name)).eval()
+        yield name, None, AutoModelForCausalLM.from_config(config).eval()
     for folder, network in zip(folders, others, strict=True):
         kind = getattr(network.config, "memory_kind", None)
         name = network.config.model_type.removeprefix("pmnet-").lower()

@@ -26,7 +26,10 @@ def longcontext_command(
     length: Annotated[str, typer.Option(help="Bytes of each book, as in 65536 or 512KiB.")] = "512KiB",
     reset: Annotated[list[str] | None, typer.Option(help="Also forget everything every so many bytes.")] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="Also with anchors set to zero (PMNet).")] = False,
-    save: Annotated[Path | None, typer.Option(help="Folder for longcontext.json and longcontext.png.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, writable=True, help="Folder for longcontext.json and longcontext.png."),
+    ] = None,
 ) -> None:
     """Bits per byte by position in whole books: state carried, reset, and with the recurrence off."""
     network, files, size = load_any(model), open_files(data), bytes_of(length)

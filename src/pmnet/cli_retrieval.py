@@ -31,9 +31,12 @@ def retrieval_command(
     text: Annotated[Path | None, typer.Option(help="File of real text to fill with.")] = None,
     strings: Annotated[int, typer.Option(min=1, help="Answers per cell.")] = 1000,
     rows: Annotated[int, typer.Option(min=1, help="Answers read at once.")] = 128,
-    seed: Annotated[int, typer.Option(min=0)] = 12345,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 12345,
     control: Annotated[bool, typer.Option(help="Also with the recurrence off, up to 64 times the reach.")] = True,
-    save: Annotated[Path | None, typer.Option(help="Folder for TASK.json and TASK.png, written cell by cell.")] = None,
+    save: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, writable=True, help="Folder for TASK.json and TASK.png, written cell by cell."),
+    ] = None,
 ) -> None:
     """Share of answers that come back exactly: by distance, by size, memory on and off."""
     network = load_any(model)
@@ -79,8 +82,10 @@ def memory_command(
     gap: Annotated[int | None, typer.Option(min=1, help="Filler; by default 8 times the reach.")] = None,
     strings: Annotated[int, typer.Option(min=1)] = 500,
     drift: Annotated[int, typer.Option(min=1, help="Bytes of filler to stream for the drift of the state.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0)] = 12345,
-    save: Annotated[Path | None, typer.Option(help="Folder for memory.json and memory.png.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 12345,
+    save: Annotated[
+        Path | None, typer.Option(file_okay=False, writable=True, help="Folder for memory.json and memory.png.")
+    ] = None,
 ) -> None:
     """How copy-paste is solved: which level holds what, what letters and filler write, where they are read."""
     network = load_model(model)

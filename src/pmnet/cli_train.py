@@ -102,6 +102,8 @@ def train_command(
         if not data:
             raise ValueError("training a language model needs --data FILE_OR_FOLDER")
         source = _byte_task(data, recipe, workers, processes)
+        if any(run.resolve().is_relative_to(path.resolve()) for path in data):
+            raise ValueError(f"the run folder {run} lies in the data: its files would be read; choose another --out")
         if recipe.practice is not None:
             source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
         if main:

@@ -104,7 +104,7 @@ class Carry:
             return
         if "columns" not in state:
             raise ValueError("the saved state is damaged: it lacks columns")
-        with torch.no_grad():  # the library makes its layers when they are first used
+        with torch.no_grad(), torch.random.fork_rng():  # the library makes its layers when they are first used
             self.read(torch.zeros(self.rows, 1, dtype=torch.int64, device=self.model.device))
         self.columns = int(state["columns"][0])
         saved = [state.get(str(index)) for index in range(len(self._tensors()))]

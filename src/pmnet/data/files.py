@@ -5,6 +5,7 @@ The text of several files is one stream of documents: file after file in sorted 
 
 import hashlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,8 +65,7 @@ def open_files(paths: list[Path]) -> ByteFiles:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = (Path(folder) / name for folder, _, names in os.walk(path, onerror=_refuse) for name in names)
-            shown = (p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts))
+            shown = (p for p in _below(path) if not any(part.startswith(".") for part in p.relative_to(path).parts))
             found += sorted(p for p in shown if p.is_file())
         elif path.is_file():
             if path.stat().st_size == 0:
@@ -80,6 +80,15 @@ def open_files(paths: list[Path]) -> ByteFiles:
         with path.open("rb"):
             pass
     return ByteFiles(tuple(full), tuple(p.stat().st_size for p in full))
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files in a folder and the folders in it, linked ones included, each folder once."""
+    seen = set()
+    for inside, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        seen.add(os.path.realpath(inside))
+        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(inside, name)) not in seen]
+        yield from (Path(inside) / name for name in names)
 
 
 def _refuse(error: OSError) -> None:

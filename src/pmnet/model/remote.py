@@ -31,6 +31,7 @@ def export_code(folder: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: if one of the two is missing; nothing is written then.
+        ValueError: if one of the two is not a JSON object.
     """
     classes = {name: _flat(*target.rsplit(".", 1)) for name, target in ENTRIES.items()}
     tokenizer = classes.pop("AutoTokenizer")
@@ -39,7 +40,10 @@ def export_code(folder: Path) -> list[Path]:
     for name, auto_map in maps.items():
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} is not a model with a tokenizer: it has no {name}")
-        settings[name] = json.loads((folder / name).read_text()) | {"auto_map": auto_map}
+        try:
+            settings[name] = {**json.loads((folder / name).read_text()), "auto_map": auto_map}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / name} is damaged: {error}") from error
     files = {f"{_flat(module)}.py": _code(module) for module in _needed()}
     files |= {name: json.dumps(content, indent=2) + "\n" for name, content in settings.items()}
     for name, text in files.items():

@@ -118,12 +118,20 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
         plan: JSON-able values, by name, that the checkpoint must have been made with (`Recipe.plan`).
 
     Raises:
-        FileExistsError: if `run` holds checkpoints and `resume` is False.
-        ValueError: if `resume` is True and there are none, or if the newest is damaged or was made by another plan.
+        FileExistsError: if `run` holds checkpoints or a model and `resume` is False.
+        ValueError: if `resume` is True and there are none, or if the newest is damaged or was made by another plan; if
+            the name of `run` is not UTF-8, which weights cannot be stored under.
     """
+    try:
+        str(run.resolve()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the name of the run folder is not UTF-8: {str(run)!r}") from error
     found = latest_checkpoint(run)
     if found is not None and not resume:
         raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
+    for model in (run / "model", run):
+        if found is None and not resume and (model / "model.safetensors").exists():
+            raise FileExistsError(f"{model} is a model, which a run in {run} would overwrite; choose another folder")
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
     facts = plan if found is None else _facts(found)

@@ -1,6 +1,7 @@
 """What a person and a file see of a run: one live line, metrics as JSON lines and TensorBoard events."""
 
 import json
+import os
 import sys
 import time
 from contextlib import suppress
@@ -33,9 +34,9 @@ class Reporter:
             return
         self.console, self.process = Console(stderr=True), psutil.Process()
         self.path = run / "metrics.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= done]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        partial = self.path.with_name(self.path.name + ".partial")
+        partial.write_text("".join(line + "\n" for line in _lines(self.path, done)))
+        os.replace(partial, self.path)
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
         self.total, self.started, self.first, self.spoken = total, time.monotonic(), done, time.monotonic()
@@ -64,8 +65,11 @@ class Reporter:
             with suppress(OSError):  # nobody listens any more
                 print(line, file=sys.stderr, flush=True)
         if step % every == 0 or step in (self.first + 1, self.total):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+            except OSError as error:
+                raise OSError(f"cannot write {self.path}: {error}") from error
             for name, value in row.items():
                 if isinstance(value, int | float) and name != "step":
                     self.board.add_scalar(f"train/{name}", value, step)
@@ -77,6 +81,22 @@ class Reporter:
         self.progress.stop()
         self.file.close()
         self.board.close()
+
+
+def _lines(path: Path, done: int) -> list[str]:
+    """Lines of `metrics.jsonl` up to step `done`; what was cut off in the middle is left out.
+
+    Raises:
+        ValueError: if a line is not one of ours.
+    """
+    kept = []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+        try:
+            if line.endswith("}") and json.loads(line)["step"] <= done:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"line {number} of {path} is not a step of a training run") from error
+    return kept
 
 
 def _short(value: Any) -> str:

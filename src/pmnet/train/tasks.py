@@ -3,10 +3,14 @@
 A batch is a function of the task's state and of an index alone, so a resumed run sees the same bytes.
 """
 
+import os
+import signal
 from collections.abc import Iterator
 from itertools import count
+from threading import Thread
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -62,14 +66,29 @@ class ByteTask:
         self.ahead: Iterator[Batch] = iter(())
 
     def batch(self, index: int) -> Batch:
-        """Batch `index` of the windows."""
+        """Batch `index` of the windows.
+
+        Raises:
+            OSError: if a file cannot be read any more, or a process that reads ahead has ended.
+        """
         if self.workers == 0:
             return self.windows.batch(index)
         if index != self.following:
             wanted = count(index, self.processes)
-            self.ahead = iter(DataLoader(self.windows, batch_size=None, sampler=wanted, num_workers=self.workers))
+            loader = DataLoader(
+                self.windows, batch_size=None, sampler=wanted, num_workers=self.workers, worker_init_fn=_deaf,
+                generator=torch.Generator(),  # that of the model, from which a seed would be drawn, stays as it is
+            )  # fmt: skip
+            self.ahead = iter(loader)
         self.following = index + self.processes
-        return next(self.ahead)
+        try:
+            return next(self.ahead)
+        except (ConnectionError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise OSError("a process that reads files ahead has ended") from error
+        except OSError as error:  # what a worker raised, its whole traceback for a message
+            raise OSError(str(error).strip().splitlines()[-1]) from error
 
     def observe(self, correct: float) -> None:
         """Nothing adapts."""
@@ -80,3 +99,17 @@ class ByteTask:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def _deaf(_: int) -> None:
+    """A worker ends with the process that trains, which may want a last batch when a signal reaches all of them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != parent:
+        pass
+    os._exit(0)
