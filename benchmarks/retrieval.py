@@ -23,7 +23,7 @@ def page(root: Path) -> str:
         *_section("The model of `models/copy-paste`", _cells(root.glob("box/*/copy-paste.json"))),
         *(
             line
-            for title in ("Short gaps", "Longer strings", "Quiet filler")
+            for title in ("Eight slots", "Short gaps", "Longer strings", "Quiet filler")
             for folder in sorted(root.glob(f"{title.lower().replace(' ', '-')}/*"))
             for line in _section(
                 f"{title}: a model that is not in the box, `{folder.parent.name}/{folder.name}`",
