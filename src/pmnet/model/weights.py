@@ -43,6 +43,7 @@ class _Watch:
         own = [part for module in self.modules for part in (module._modules, module._parameters, module._buffers)]
         # a table that was empty has nothing that a forward of the library's own uses
         self.tables: list[dict[str, Any]] = [layers._modules, anchors._parameters, *(part for part in own if part)]
+        self.numbers = [(vars(part), name) for part in self.modules for name in _NUMBERS if name in vars(part)]
         self.objects = self._objects()
         self.tensors = [found for found in self.objects if isinstance(found, Tensor)]
         self.before = self._state()
@@ -62,7 +63,7 @@ class _Watch:
         tensors = self.tensors
         kinds = [tensor.dtype for tensor in tensors]
         layout = chain(map(Tensor.data_ptr, tensors), map(Tensor.numel, tensors), map(Tensor.is_contiguous, tensors))
-        numbers = [module.__dict__.get(name) for module in self.modules for name in _NUMBERS]
+        numbers = [own.get(name) for own, name in self.numbers]
         return [*map(type, self.modules), *layout, *kinds, *numbers]
 
 
@@ -86,8 +87,7 @@ class Weights:
         values = vars(config)
         self._config, self._watch = [values[name] for name in _WATCHED], _Watch(layers, anchors, norm)
         expected = {"eps": values["rms_norm_eps"], "scaling": values["head_dim"] ** -0.5}
-        if any(vars(module).get(name, expected[name]) != expected[name]
-               for module in self._watch.modules for name in _NUMBERS):  # fmt: skip
+        if any(own[name] != expected[name] for own, name in self._watch.numbers):
             raise _Unusual
         sizes = _sizes(values)
         self.layers = [_pointers_of(layer, *sizes) for layer in layers]
