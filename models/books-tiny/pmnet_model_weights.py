@@ -8,6 +8,7 @@ Shapes: D hidden size, M phases.
 
 from collections.abc import Mapping
 from itertools import chain
+from math import prod
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -91,8 +92,7 @@ class Weights:
             raise _Unusual
         sizes = _sizes(values)
         self.layers = [_pointers_of(layer, *sizes) for layer in layers]
-        slots, size = values["num_memory"], values["memory_size"]
-        self.anchors = [_float(anchor, slots ** (level + 1) * size) for level, anchor in enumerate(anchors)]
+        self.anchors = [_float(anchor, prod(config.memory_shape(level))) for level, anchor in enumerate(anchors)]
         _check(norm, RMSNorm)
         self.norm = _float(norm._parameters["weight"], values["hidden_size"])
 

@@ -214,12 +214,7 @@ def lm_119m() -> Recipe:
 MODELS = {"demo": demo_model, "30m": pmnet_30m, "119m": pmnet_119m}
 RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "lm": {"tiny": lm_tiny, "demo": lm_demo, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
-    "copy-paste": {
-        "demo": partial(demo, 8),
-        "box": box,
-        "box-finish": box_finish,
-        "paper": paper,
-    },
+    "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "paper": paper},
     "selective-copy": {"demo": partial(demo, 16)},
     "recall": {"demo": partial(demo, 64)},
     "lookup": {"demo": partial(demo, 50)},
