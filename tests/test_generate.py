@@ -205,7 +205,7 @@ def test_a_stream_of_a_published_model_begins_with_its_own_bos_and_draws_no_spec
 def test_an_empty_nucleus_and_the_smallest_temperature_are_greedy(model):
     streams = (
         b"".join(stream_bytes(model, b"ab", pmnet.PMNetCache(model.config), 20, temperature, top_p))
-        for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1e-45, 1.0))
+        for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1e-45, 1.0), (1e-320, 1.0))
     )
     assert next(streams) == next(streams) == next(streams)
 

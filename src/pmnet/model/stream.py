@@ -40,6 +40,7 @@ def stream_bytes(
     ids = ([first_id(config)] if cache.columns == 0 else []) + list(prompt)
     if not ids:
         raise ValueError("continuing a saved state needs a prompt of at least one byte")
+    temperature = torch.tensor(temperature, dtype=torch.float32).item()  # as the scores see it: 1e-50 is 0
     warpers = LogitsProcessorList()
     if temperature not in (0.0, 1.0):
         warpers.append(TemperatureLogitsWarper(temperature))
