@@ -37,7 +37,7 @@ def cost(name: str, length: int) -> dict[str, Any]:
         median, and how much more memory was resident at the peak than before the first step.
     """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(demo_model() if name == "pmnet" else control(name, demo_model())).train()
+    model = AutoModelForCausalLM.from_config(control(name, demo_model())).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(0, 256, (POSITIONS // length, length + 1))
     batch, seconds = {"input_ids": ids[:, :-1], "labels": ids[:, 1:]}, list[float]()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pmnet
 from pmnet.baselines import LSTMConfig, LSTMForCausalLM
-from tests.conftest import run_cli, small_model
+from tests.conftest import assert_same_state, run_cli, small_model
 
 
 @pytest.fixture
@@ -137,17 +137,21 @@ def test_bad_grids_are_named(model):
     fails([*start, "--distances", "2.5"], "whole bytes", "2.5")
     folder = model.parent / "lstm"
     LSTMForCausalLM(LSTMConfig(hidden_size=8)).save_pretrained(folder)
-    fails(["eval", "retrieval", folder], "does not have")
+    fails(["eval", "retrieval", folder], "lacks")
     fails(["eval", "retrieval", folder, "--task", "chess"], "unknown task")
 
 
-def test_state_continues_in_another_process(model, tmp_path):
+def test_a_saved_state_is_continued(model, tmp_path):
     start = ["generate", str(model), "--temperature", "0"]
-    _, whole = run_cli([*start, "--prompt", "abc", "--bytes", "4"])
     state = str(tmp_path / "new" / "state.safetensors")
     (tmp_path / "prompt").write_bytes(b"a")
     run_cli([*start, "--prompt-file", str(tmp_path / "prompt"), "--bytes", "1", "--save-state", state])
-    assert whole
+    run_cli([*start, "--state", state, "--prompt", "bc", "--bytes", "4", "--save-state", str(tmp_path / "after")])
+    network = pmnet.PMNetForCausalLM.from_pretrained(model).eval()
+    expected = pmnet.PMNetCache(network.config)
+    for prompt, count in ((b"a", 1), (b"bc", 4)):
+        list(pmnet.stream_bytes(network, prompt, expected, count, temperature=0.0))
+    assert_same_state(pmnet.PMNetCache.load(tmp_path / "after"), expected)
     fails([*start, "--state", state], "prompt")
     fails([*start, "--save-state", tmp_path], "is a folder")
     cache = pmnet.PMNetCache.load(state)
@@ -164,7 +168,7 @@ def test_bad_data_is_named(model, tmp_path):
     fails(["train", "--data", folder, "--out", tmp_path / "r"], "no bytes", "hollow")
     fails(["train", "--out", tmp_path / "r"], "--data")
     pieces = ["train", "--data", model / "config.json", "--out", tmp_path / "r", "--piece", "600"]
-    fails([*pieces, "--no-carry"], "--piece", "--carry")
+    fails([*pieces, "--no-carry"], "piece", "needs carry")
     fails([*pieces, "--length", "601"], "pieces of 600 bytes")
     fails(["train", "poetry"], "unknown task 'poetry'")
     for task, size in (("needle", 95), ("recall", 2)):
@@ -172,7 +176,7 @@ def test_bad_data_is_named(model, tmp_path):
     fails(["train", "copy-paste", "--data", empty, "--out", tmp_path / "r"], "--data is for lm")
     for option in ("--phase-bits", "--window"):
         fails(["train", "--model", "llama", option, "3", "--data", empty, "--out", tmp_path / "r"], option, "llama")
-    fails(["train", "--data", empty, "--learning-rate", "inf", "--out", tmp_path / "r"], "--learning-rate")
+    fails(["train", "--data", empty, "--learning-rate", "inf", "--out", tmp_path / "r"], "learning_rate", "inf")
     fails(["train", "copy-paste", "--carry", "--out", tmp_path / "r"], "--carry", "copy-paste")
     fails(["train", "--size", "3", "--data", empty, "--out", tmp_path / "r"], "--size")
     fails(["train", "--precision", "fp16", "--data", empty, "--out", tmp_path / "r"], "fp16")
@@ -209,7 +213,7 @@ def test_bad_models_are_named(model, text, tmp_path):
         ({"sliding_window": 0}, "sliding_window"),
         ({"num_memory": 1}, "num_memory"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"hidden_size": 40}, "weights and config differ at model."),
+        ({"hidden_size": 40}, " is of another shape"),
         ({"model_type": "llama"}, "model_type"),
     ):
         (model / "config.json").write_text(json.dumps(settings | change))

@@ -262,7 +262,8 @@ def test_a_long_prompt_is_read_in_chunks(model, monkeypatch):
     assert_same_state(cache, expected)
 
 
-def test_scores_that_are_not_finite_are_named(model):
+def test_scores_that_are_not_finite_are_named():
+    model = small_model("deep")
     with torch.no_grad():
         model.model.norm.weight.fill_(math.inf)
     with pytest.raises(ValueError, match="not finite"):

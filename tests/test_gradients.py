@@ -120,7 +120,7 @@ def test_gradients_of_states_are_differences_of_the_loss(kind):
     """The root is nudged in the streaming state, where no gradient is involved."""
     model = small_model("deep", phase_bits=32) if kind == "phase" else variant(kind)
     ids, cut = random_ids(1, 24), 7
-    logits, levels = trees.traced(model, ids[:, :-1])
+    logits, levels = trees.read_levels(model, ids[:, :-1])
     loss = F.cross_entropy(logits, ids[:, -1])
     gradient = torch.autograd.grad(loss, [level.field for level in levels])[0]
     pulled = levels[0].to_states(gradient)[0, cut - 1]
@@ -142,7 +142,7 @@ def test_gradients_of_states_are_differences_of_the_loss(kind):
 
 def test_a_gate_forgets_what_it_says():
     model, ids = variant("gated"), random_ids(1, 30)
-    _, levels = trees.traced(model, ids)
+    _, levels = trees.read_levels(model, ids)
     along = torch.randn(levels[0].field.shape)
     along[:, :-1] = 0
     pulled = levels[0].to_states(along)

@@ -45,7 +45,7 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def native(*tensors: Tensor | None) -> bool:
+def runs_native(*tensors: Tensor | None) -> bool:
     """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32."""
     return (
         all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
@@ -64,7 +64,7 @@ def direct(x: Tensor) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
 
 
-def triton(x: Tensor) -> bool:
+def runs_triton(x: Tensor) -> bool:
     """Whether operators on `x` run as Triton kernels."""
     runs = x.device.type == "cuda" or _interpreted()
     return runs and (_forced == "triton" or (_forced == "auto" and x.device.type == "cuda" and _triton_installed()))

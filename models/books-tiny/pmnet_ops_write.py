@@ -64,10 +64,10 @@ def phase_write(
     if memory.dtype != torch.int32:
         raise ValueError(f"phase_write: memory must be int32 turns, got {memory.dtype}")
     groups, documents = groups.long(), None if documents is None else documents.long()
-    if backend.native(weights, raw):
+    if backend.runs_native(weights, raw):
         return _phase_write(weights, raw, groups, memory, documents, valid, phase_bits, cumulative, scale_gradient)
     theta = to_angle(raw)
-    if backend.triton(weights) and cumulative and weights.dtype == theta.dtype == torch.float32:
+    if backend.runs_triton(weights) and cumulative and weights.dtype == theta.dtype == torch.float32:
         from .pmnet_ops_triton import operators
 
         return operators.phase_write(weights, theta, groups, memory, documents, valid, phase_bits, scale_gradient)

@@ -3,21 +3,13 @@
 Shapes: B, T, D hidden size, G groups of the level, N slots, M phases.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from .pmnet_config import PMNetConfig
+from .pmnet_memory_routing import Visit, hand_down
 from .pmnet_ops import Linear, RMSNorm, address, geometry, phase_write
-
-
-class Visit(NamedTuple):
-    """What a position carries through the tree."""
-
-    groups: Tensor  # [B, T] group to visit on this level
-    field: Tensor | None  # [B, T, N, M] radians handed down from the levels above; None above the root
-    geometry: Tensor | None  # [B, T, N, 2M] what this level's reads see; None before the level's write
 
 
 class Tokens(NamedTuple):
@@ -30,8 +22,6 @@ class Tokens(NamedTuple):
 class MemoryWrite(nn.Module):
     """Unitary phasor update of one level (arXiv 2605.13370): `S_n <- (S_n + p_n * theta) mod 2 pi`."""
 
-    features: Callable[[Tensor | None, Tensor, Tensor], Tensor] = staticmethod(geometry)
-
     def __init__(self, config: PMNetConfig):
         super().__init__()
         self.config = config
@@ -41,6 +31,10 @@ class MemoryWrite(nn.Module):
         self.proj_k = Linear(2 * size, size)
         self.proj_v = Linear(config.hidden_size, size)
         self.proj_out = Linear(size, size)
+
+    def features(self, field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+        """What keys and reads see of the slots, `[B, T, N, 2M]`: `pmnet.ops.geometry`."""
+        return geometry(field, anchors, groups)
 
     def propose(self, hidden: Tensor, visit: Visit, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """Which slot to turn, p `[B, T, N]`, and by how much: `theta = pi * tanh(raw)`, raw `[B, T, M]`."""
@@ -77,7 +71,6 @@ class MemoryWrite(nn.Module):
             cumulative=self.config.memory_cumsum,
             scale_gradient=self.training,
         )
-        field = angle if visit.field is None else visit.field + angle
-        here = Visit(visit.groups, field, self.features(field, anchors, visit.groups))
-        child = weights.shape[2] * visit.groups + weights.argmax(dim=2)  # hard top-1 route
-        return here, Visit(child, field, None), memory
+        below = hand_down(visit, weights, angle)
+        here = visit._replace(field=below.field, geometry=self.features(below.field, anchors, visit.groups))
+        return here, below, memory

@@ -51,13 +51,12 @@ class SlidingWindowAttention(nn.Module):
         Returns:
             `[B, T, D]`, and the keys and values that the next chunk needs.
         """
-        heads, kv_heads = (
-            (*hidden.shape[:2], count, self.config.head_dim)
-            for count in (self.config.num_attention_heads, self.config.num_key_value_heads)
+        query, key, value = (
+            projection(hidden).unflatten(-1, (-1, self.config.head_dim))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        value = self.v_proj(hidden).view(kv_heads)
-        query = norm_rotate(self.q_proj(hidden).view(heads), self.q_norm, *rotary).to(value.dtype)
-        key = norm_rotate(self.k_proj(hidden).view(kv_heads), self.k_norm, *rotary).to(value.dtype)
+        query = norm_rotate(query, self.q_norm, *rotary).to(value.dtype)
+        key = norm_rotate(key, self.k_norm, *rotary).to(value.dtype)
 
         if past is None:
             empty = value.new_zeros(value.shape[0], window.width - 1, *value.shape[2:])

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from .pmnet_config import PMNetConfig
-from .pmnet_memory import Visit, empty_memory
+from .pmnet_memory import empty_memory, enter
 from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
 from .pmnet_model_checks import check_anchors, check_cache, check_ids, check_packing
@@ -75,10 +75,10 @@ class PMNetPreTrainedModel(PreTrainedModel):
 class Anchors(nn.ParameterList):
     """One anchor tensor per level, radians `[G, N, M]`; called, so that hooks which load weights see it."""
 
-    __call__ = nn.Module.__call__  # a list of parameters refuses
+    __call__ = nn.Module.__call__  # `ParameterList` forbids calls
 
     def forward(self, level: int) -> Tensor:
-        """That of `level`."""
+        """The anchors of `level`."""
         return self[level]
 
 
@@ -96,14 +96,6 @@ class PMNetModel(PMNetPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The byte embedding."""
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the byte embedding."""
-        self.embed_tokens = value
 
     @can_return_tuple
     def forward(
@@ -156,9 +148,11 @@ class PMNetModel(PMNetPreTrainedModel):
             raise ValueError(f"inputs_embeds (or the embedding) must be {wanted}, got {tuple(hidden.shape)}")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
         if past_key_values is not None:
             check_cache(past_key_values, self.config, hidden)
-        elif self.config.use_cache and not self.training if use_cache is None else use_cache:
+        elif use_cache:
             past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
 
         if not (self.training or output_hidden_states or document_ids is not None):
@@ -177,9 +171,8 @@ class PMNetModel(PMNetPreTrainedModel):
             memory = empty_memory(self.config, hidden.shape[0], hidden.device)
         else:
             memory = past_key_values.memory
-        below = Visit(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), None, None)
-        here = below
-        trace = [hidden]
+        here = below = enter(hidden)
+        trace = [hidden] if output_hidden_states else []
         after_memory, after_window = list(memory), []
         for i, layer in enumerate(self.layers):
             level = self.config.level_of(i)
@@ -188,8 +181,10 @@ class PMNetModel(PMNetPreTrainedModel):
                 hidden, here, below, self.memory_embeddings(level), after_memory[level], past, rotary,
                 chunk.window, chunk.tokens,
             )  # fmt: skip
-            after_window.append(past)
-            trace.append(hidden)
+            if past_key_values is not None:
+                after_window.append(past)
+            if output_hidden_states:
+                trace.append(hidden)
         if past_key_values is not None:
             chunk.advance(past_key_values, after_memory, after_window)
         last = chunk.restore(self.norm(hidden))

@@ -22,7 +22,7 @@ from .pmnet_model_attention import PastKeys
 from .pmnet_model_cache import PMNetCache
 from .pmnet_model_ring import Ring
 from .pmnet_model_weights import CONFIGURED, Weights, weights_of
-from .pmnet_ops import native
+from .pmnet_ops import runs_native
 from .pmnet_ops_backend import direct
 from .pmnet_ops_native import library
 from .pmnet_ops_phase import MOST_SLOTS
@@ -118,7 +118,7 @@ def _step(
 
 
 def _applies(config: PMNetConfig, hidden: Tensor) -> bool:
-    if not direct(hidden) or not native(hidden) or not hidden.numel():
+    if not direct(hidden) or not runs_native(hidden) or not hidden.numel():
         return False
     if config._attn_implementation not in ("eager", "sdpa") or vars(config)["num_memory"] > MOST_SLOTS:
         return False

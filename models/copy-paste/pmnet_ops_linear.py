@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .pmnet_ops_backend import direct, native
+from .pmnet_ops_backend import direct, runs_native
 from .pmnet_ops_native import kernels, pointers
 
 MIN_ROWS = 16
@@ -58,7 +58,7 @@ def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
     `out`, if given, receives the result: `[S, O]`, its rows may lie apart.
     """
     count = rows.shape[0]
-    if native(rows, weight, bias):
+    if runs_native(rows, weight, bias):
         rows = rows if rows.stride(-1) == 1 else rows.contiguous()
         weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
         out = rows.new_empty(count, weight.shape[0]) if out is None else out
@@ -67,10 +67,12 @@ def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | No
             rows.shape[1], weight.shape[0],
         )  # fmt: skip
         return out
-    outputs, depth = (-size % _MULTIPLE for size in weight.shape)
-    if count < MIN_ROWS or outputs or depth:
-        wider = F.pad(weight, (0, depth, 0, outputs)), None if bias is None else F.pad(bias, (0, outputs))
-        found = products(F.pad(rows, (0, depth, 0, max(0, MIN_ROWS - count))), *wider)[:count, : weight.shape[0]]
+    more_outputs, more_inputs = (-size % _MULTIPLE for size in weight.shape)
+    if count < MIN_ROWS or more_outputs or more_inputs:
+        rows = F.pad(rows, (0, more_inputs, 0, max(0, MIN_ROWS - count)))
+        wider = F.pad(weight, (0, more_inputs, 0, more_outputs))
+        found = products(rows, wider, None if bias is None else F.pad(bias, (0, more_outputs)))
+        found = found[:count, : weight.shape[0]]
         return found.contiguous() if out is None else out.copy_(found)
     if out is None:
         out = rows.new_empty(count, weight.shape[0])

@@ -37,7 +37,7 @@ def address(query: Tensor, keys: Tensor) -> Tensor:
         Weights that sum to 1 over the slots, `[B, T, N, R]`.
     """
     alike = keys.shape[:2] + keys.shape[3:] == query.shape
-    if backend.native(query, keys) and alike and keys.shape[2] <= MOST_SLOTS:
+    if backend.runs_native(query, keys) and alike and keys.shape[2] <= MOST_SLOTS:
         return _address(query, keys)
     difference = to_angle(query).unsqueeze(2) - to_angle(keys)
     scores = torch.cos(difference).sum(-1) / math.sqrt(query.shape[-1])
@@ -57,7 +57,7 @@ def geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
         `[B, T, N, 2M]`, never half precision.
     """
     whole = field is None or field.shape == groups.shape + anchors.shape[1:]
-    if backend.native(anchors, field) and whole and groups.dtype == torch.int64:
+    if backend.runs_native(anchors, field) and whole and groups.dtype == torch.int64:
         return _geometry(field, anchors, groups)
     table = anchors.flatten(1)
     rows = lookup(table if table.dtype == torch.float64 else table.float(), groups)
@@ -91,11 +91,11 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
         )
     if geometry.dtype.itemsize < 4:  # cast on the way by a wrapper: angles are never computed in half precision
         geometry = geometry.float()
-    if backend.native(query, geometry, weight, bias) and geometry.shape[2] <= MOST_SLOTS:
+    if backend.runs_native(query, geometry, weight, bias) and geometry.shape[2] <= MOST_SLOTS:
         return _read_slots(query, geometry, weight, bias)[0]
     key_weight, value_weight = weight.chunk(2)
     key_bias, value_bias = bias.chunk(2)
-    if backend.triton(query) and geometry.dtype == torch.float32:
+    if backend.runs_triton(query) and geometry.dtype == torch.float32:
         from .pmnet_ops_triton import operators
 
         mixed = operators.mix_slots(query, geometry, key_weight, key_bias)

@@ -27,7 +27,7 @@ def flops_command(
 ) -> None:
     """Count FLOP, functions, weights and decode traffic of every part, as published and as computed here."""
     if (model is None) == (preset is None):
-        raise ValueError("pmnet flops takes a model folder or --preset, one of them")
+        raise ValueError("give either a model folder or --preset")
     config = load_model(model).config if model is not None else _preset(str(preset))
     console = Console()
     for table in tables(config, length):

@@ -1,5 +1,6 @@
 """`pmnet eval gradients jacobian | training | precision | saturation`: why it trains, as JSON and PNG."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pmnet.baselines import control, load_any
 from pmnet.cli_bench import checkout_module
@@ -66,9 +67,10 @@ def training_command(
     """Gradient norms of the first steps of copy-paste without clipping, over length, rate, scale and the factor."""
     facts = provenance() | {"seeds": seeds, "steps": steps}
     found: list[dict[str, Any]] = []
-    for name, trial in _trials(models.split(","), _numbers(lengths), _numbers(rates), _numbers(scales), steps):
+    numbers = _numbers("--lengths", lengths), _numbers("--rates", rates), _numbers("--scales", scales)
+    for name, trial in _trials(models.split(","), *numbers, steps):
         started = time.monotonic()
-        told = summary([run(_config(name), replace(trial, seed=seed)) for seed in range(seeds)])
+        told = summary([run(control(name, demo_model()), replace(trial, seed=seed)) for seed in range(seeds)])
         settings = {key: value for key, value in asdict(trial).items() if key != "seed"}
         found.append({"name": name, **settings, **told, "seconds": time.monotonic() - started})
         out.print(f"{name} T={trial.total} rate={trial.rate:g} scale={trial.scale:g} factor={trial.factor}: "
@@ -91,7 +93,7 @@ def precision_command(
         "published form, float32": (_published(), 10**9),
         "bfloat16 state": (half, 10**5),
     }
-    errors = state_errors(forms, [int(n) for n in _numbers(lengths)], 4, 8, seeds)
+    errors = state_errors(forms, [int(n) for n in _numbers("--lengths", lengths)], 4, 8, seeds)
     for row in errors:
         out.print(f"{row['form']}, {row['length']:,}: rms {row['rms']:.2e} rad, max {row['max']:.2e}", highlight=False)
     recipe = replace(demo(8), steps=steps, batch_size=4, length=128)
@@ -143,14 +145,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _config(name: str) -> PreTrainedConfig:
-    return demo_model() if name == "pmnet" else control(name, demo_model())
-
-
 def _networks(names: str, folders: list[Path], seed: int) -> Iterator[tuple[str, str | None, PreTrainedModel]]:
     """Name, folder and model: first fresh ones, then those of the folders."""
     others = [load_any(folder) for folder in folders]  # first, so that a wrong one is named at once
-    fresh = {name: _config(name) for name in filter(None, map(str.strip, names.split(",")))}
+    fresh = {name: control(name, demo_model()) for name in filter(None, map(str.strip, names.split(",")))}
     if not fresh and not others:
         raise ValueError("no models to measure: name some with --models, or give folders of trained ones")
     for name, config in fresh.items():
@@ -189,8 +187,11 @@ def _published() -> Callable[[torch.Tensor], torch.Tensor]:
     return states
 
 
-def _numbers(text: str) -> list[float]:
-    found = [float(part) for part in text.split(",")]
-    if min(found) <= 0:
-        raise ValueError(f"numbers above 0 are needed, not {text}")
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or not min(found) > 0 or math.inf in found:
+        raise ValueError(f"{option} needs numbers above 0, separated by commas, not {text!r}")
     return found

@@ -15,6 +15,7 @@ from pmnet.config import PMNetConfig
 def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     """The configuration of control `name` that has as many parameters as the PMNet `like`.
 
+    - `pmnet`: `like` itself.
     - `no-recurrence`: the same model, trained with states that are single rotations (`memory_cumsum=False`).
     - `real-memory`: the same model whose slots hold plain numbers that are added up (`memory_kind="real"`).
     - `gated-memory`: the same, and every write first forgets a part (`memory_kind="gated"`).
@@ -30,6 +31,8 @@ def control(name: str, like: PMNetConfig) -> PreTrainedConfig:
     Raises:
         ValueError: if there is no such control, or no size of it comes within one percent.
     """
+    if name == "pmnet":
+        return copy.deepcopy(like)
     if name not in CONTROLS:
         raise ValueError(f"unknown model {name!r}; there are pmnet, {', '.join(CONTROLS)}")
     return CONTROLS[name](like)

@@ -7,7 +7,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pmnet.model.load import check_weights, load_model
+from pmnet.model.load import check_weights, first_line, load_model
 
 OTHERS = ("mistral", "llama", "mamba", "mamba2", "pmnet-lstm", "pmnet-ntm", "pmnet-variant")
 
@@ -30,6 +30,6 @@ def load_any(folder: Path) -> PreTrainedModel:
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True
         )
     except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, StrictDataclassError) as error:
-        raise ValueError(f"{folder} is not a complete {kind} model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{folder} is not a complete {kind} model: {first_line(error)}") from error
     check_weights(folder, model, report)
     return model.eval()

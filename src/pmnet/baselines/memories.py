@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pmnet.config import PMNetConfig
-from pmnet.memory import MemoryWrite, Tokens, Visit
+from pmnet.memory import MemoryWrite, Tokens, Visit, hand_down
 from pmnet.model import PMNetForCausalLM
 from pmnet.ops import Linear, geometry, lookup, take_rows, to_angle
 
@@ -54,7 +54,10 @@ class PlainWrite(MemoryWrite):
     def __init__(self, config: VariantConfig):
         super().__init__(config)
         self.gate = None if config.memory_kind == "real" else Linear(config.hidden_size, 1)
-        self.features = geometry if config.memory_kind == "fading" else plain
+
+    def features(self, field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+        """Sine and cosine of angles if `fading`, or else the numbers themselves, twice: `[B, T, N, 2M]`."""
+        return (geometry if self.config.memory_kind == "fading" else twice)(field, anchors, groups)
 
     def decay(self, hidden: Tensor) -> Tensor:
         """Logarithm of what each position keeps of its group, `[B, T]`, at most 0."""
@@ -76,13 +79,12 @@ class PlainWrite(MemoryWrite):
         else:
             states = written
         states = states.unflatten(-1, anchors.shape[1:])
-        field = states if visit.field is None else visit.field + states
-        here = Visit(visit.groups, field, self.features(field, anchors, visit.groups))
-        child = weights.shape[2] * visit.groups + weights.argmax(dim=2)
-        return here, Visit(child, field, None), memory
+        below = hand_down(visit, weights, states)
+        here = visit._replace(field=below.field, geometry=self.features(below.field, anchors, visit.groups))
+        return here, below, memory
 
 
-def plain(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+def twice(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     """What stands for the geometry of a slot: its numbers twice.
 
     Args:

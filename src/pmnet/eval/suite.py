@@ -110,7 +110,7 @@ def grid(
 
 def _distance(text: str, reach: int | None) -> float:
     if text.endswith("x") and reach is None:
-        raise ValueError(f"{text} is a multiple of the reach, which this model does not have: say what it is, or bytes")
+        raise ValueError(f"{text} is a multiple of the reach, which this model lacks: pass --reach, or give bytes")
     try:
         value = float(text.removesuffix("x"))
     except ValueError:

@@ -16,7 +16,7 @@ from pmnet.memory import Tokens
 from pmnet.model.attention import PastKeys
 from pmnet.model.cache import PMNetCache
 from pmnet.model.window import Window, plan_window, positions_within
-from pmnet.ops import native, take_rows
+from pmnet.ops import runs_native, take_rows
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,19 @@ def read_chunk(
 
     past = None if cache is None or cache.columns == 0 else cache
     expected = None if past is None else past.next_position.unsqueeze(1)
-    documents = None
+    starts = None if document_ids is None else changes(compacted("document_ids", document_ids))
     if position_ids is not None:
         positions = compacted("position_ids", position_ids)
-        documents = _restarts(positions, expected)
-    elif document_ids is not None:
-        documents = changes(compacted("document_ids", document_ids))
-        positions = positions_within(documents, expected)
+        restarts = _restarts(positions, expected)
+        starts = restarts if starts is None else starts | restarts
+    elif starts is not None:
+        positions = positions_within(starts, expected)
     else:
         positions = torch.arange(length, device=device).unsqueeze(0)
         positions = positions if expected is None else positions + expected
-    if documents is not None:
-        if document_ids is not None and position_ids is not None:
-            documents = documents | changes(compacted("document_ids", document_ids))
-        documents = (documents if valid is None else documents & valid).long().cumsum(1)
+    documents = None
+    if starts is not None:
+        documents = (starts if valid is None else starts & valid).long().cumsum(1)
 
     window = plan_window(
         config.sliding_window,
@@ -124,7 +123,7 @@ def read_chunk(
         None if past is None else past.in_document,
         counts,
         documents,
-        in_blocks=not (native(hidden) and config._attn_implementation in ("eager", "sdpa") and dropout == 0.0),
+        in_blocks=not (runs_native(hidden) and config._attn_implementation in ("eager", "sdpa") and dropout == 0.0),
     )
     return Chunk(length, order, place, counts, positions, Tokens(valid, documents), window)
 

@@ -36,8 +36,7 @@ def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
             ignore_mismatched_sizes=True,  # so that they are named below
         )  # fmt: skip
     except (SafetensorError, RuntimeError, ValueError, TypeError, OSError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"{folder} is not a complete PMNet model: {first}") from error
+        raise ValueError(f"{folder} is not a complete PMNet model: {first_line(error)}") from error
     check_weights(folder, model, report)
     if int8:
         quantize_int8(model)
@@ -46,10 +45,19 @@ def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
 
 def check_weights(folder: Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Raise ValueError, naming the first tensor, if what `from_pretrained` loaded (`report`) is not the whole model."""
-    mismatched = [name for name, *_ in report["mismatched_keys"]]
-    wrong = [*report["missing_keys"], *report["unexpected_keys"], *mismatched]
-    if wrong:
-        raise ValueError(f"{folder} is not a complete model: weights and config differ at {wrong[0]}")
+    found = {
+        "missing": report["missing_keys"],
+        "of another shape": [name for name, *_ in report["mismatched_keys"]],
+        "not in this model": report["unexpected_keys"],
+    }
+    for what, names in found.items():
+        if names:
+            raise ValueError(f"{folder} is not a complete model: {min(names)} is {what}")
     for name, tensor in model.named_parameters():
         if not tensor.isfinite().all():
             raise ValueError(f"{folder} is damaged: {name} is not finite")
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

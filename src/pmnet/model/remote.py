@@ -72,15 +72,9 @@ def _imports(module: str) -> list[tuple[ast.ImportFrom, str, str | None]]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pmnet":
             assert node.module is not None
             inside = f"{node.module}.{node.names[0].name}"
-            whole = node.module not in LEFT_OUT and _path(inside).exists() and not _defines(node.module, inside)
+            whole = node.module not in LEFT_OUT and _path(inside).exists()
             found.append((node, inside if whole else node.module, node.names[0].name if whole else None))
     return found
-
-
-def _defines(package: str, inside: str) -> bool:
-    """Whether a package imports, under its own name, something that is called like one of its modules."""
-    imports = (node for node in ast.parse(_path(package).read_text()).body if isinstance(node, ast.ImportFrom))
-    return inside.rsplit(".", 1)[1] in {alias.name for node in imports for alias in node.names}
 
 
 def _code(module: str) -> str:

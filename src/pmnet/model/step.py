@@ -22,7 +22,7 @@ from pmnet.model.attention import PastKeys
 from pmnet.model.cache import PMNetCache
 from pmnet.model.ring import Ring
 from pmnet.model.weights import CONFIGURED, Weights, weights_of
-from pmnet.ops import native
+from pmnet.ops import runs_native
 from pmnet.ops.backend import direct
 from pmnet.ops.native import library
 from pmnet.ops.phase import MOST_SLOTS
@@ -118,7 +118,7 @@ def _step(
 
 
 def _applies(config: PMNetConfig, hidden: Tensor) -> bool:
-    if not direct(hidden) or not native(hidden) or not hidden.numel():
+    if not direct(hidden) or not runs_native(hidden) or not hidden.numel():
         return False
     if config._attn_implementation not in ("eager", "sdpa") or vars(config)["num_memory"] > MOST_SLOTS:
         return False

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pmnet.ops.backend import direct, native
+from pmnet.ops.backend import direct, runs_native
 from pmnet.ops.linear import Linear, row_stable_linear
 from pmnet.ops.native import kernels, pointers
 
@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """`[..., K]` to `[..., O]`."""
         bias: Any = self.bias
-        if not (direct(input) and native(input) and input.shape[-1] == self.in_features):
+        if not (direct(input) and runs_native(input) and input.shape[-1] == self.in_features):
             return row_stable_linear(input, self.weight, bias)
         rows = input.reshape(-1, self.in_features).contiguous()
         out = rows.new_empty(rows.shape[0], self.out_features)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmnet.ops.backend import native
+from pmnet.ops.backend import runs_native
 from pmnet.ops.native import dense_like, kernels, pointers
 
 _BLOCK = 64  # rows whose weight gradients are summed in turn, whatever the number of threads
@@ -20,7 +20,7 @@ class RMSNorm(torch.nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., D]` to `[..., D]`, in the dtype of the weight."""
         x = x.to(self.weight.dtype)
-        fits = native(x, self.weight) and x.shape[-1:] == self.weight.shape
+        fits = runs_native(x, self.weight) and x.shape[-1:] == self.weight.shape
         return _rms_norm(x, self.weight, self.eps or 0.0) if fits else super().forward(x)
 
 
@@ -35,7 +35,7 @@ def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         `[B, T, H, E]`.
     """
-    if native(x, norm.weight, cos, sin) and x.shape[-1:] == norm.weight.shape:
+    if runs_native(x, norm.weight, cos, sin) and x.shape[-1:] == norm.weight.shape:
         return _norm_rotate(x, norm.weight, cos, sin, norm.eps or 0.0)
     x = norm(x)
     first, second = x.chunk(2, dim=-1)
@@ -56,7 +56,7 @@ def rotary_table(positions: Tensor, width: int, theta: float, like: Tensor) -> t
     Returns:
         Cosines and sines, `[B or 1, T, 1, E]` each.
     """
-    table = _rotary_table(positions.long(), width, theta, like.dtype == torch.float64, native(like)).unsqueeze(3)
+    table = _rotary_table(positions.long(), width, theta, like.dtype == torch.float64, runs_native(like)).unsqueeze(3)
     return table[0], table[1]
 
 
@@ -66,7 +66,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     silu is spelled with tanh: torch's own differs in the last bit at the end of a vectorised run, and so would depend
     on how the stream is cut into chunks.
     """
-    if native(gate, up) and gate.shape == up.shape:
+    if runs_native(gate, up) and gate.shape == up.shape:
         return _silu_product(gate, up)
     wide = gate if gate.dtype == torch.float64 else gate.float()
     return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up

@@ -60,26 +60,19 @@ def train(
         TrainingInterrupted: on SIGINT or SIGTERM, after a checkpoint.
         TrainingStopped: if the loss, a gradient or a weight is no longer finite.
         ValueError: if there is nothing to resume, or the checkpoint is damaged, or of another recipe, model, number of
-            processes or set of files.
-        FileExistsError: if `run` holds checkpoints and `resume` is False.
+            processes or set of files; if the folder to start from holds no complete model.
+        FileExistsError: if `run` holds checkpoints or a model and `resume` is False.
     """
     plan = recipe.plan() | {"number of processes": int(os.environ.get("WORLD_SIZE", "1")), "set of files": task.source}
     found = starting_point(run, resume, plan)
     set_seed(recipe.seed)
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
-    model = AutoModelForCausalLM.from_config(recipe.model, dtype=torch.float32).train()
-    if recipe.start is not None:
-        model.load_state_dict(load_any(Path(recipe.start)).state_dict())
-    elif recipe.silent_reads:
-        silence_reads(model)
+    model = _initial_model(recipe)
     optimizers = build_optimizers(model, recipe)
     schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]
     done, seen = (0, 0) if found is None else _restore(found, task, model, optimizers, schedules)
-    carried = recipe.carry and carries(recipe.model)
-    carry = Carry(model.to(accelerator.device), recipe.batch_size) if carried else None
-    if carry is not None and found is not None:
-        rows = slice(accelerator.process_index * carry.rows, (accelerator.process_index + 1) * carry.rows)
-        carry.restore({name: tensor[rows].to(accelerator.device) for name, tensor in load_state(found).items()})
+    model.to(accelerator.device)
+    carry = _carry(recipe, model, accelerator, found)
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
     objective: Objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
     objective = quieted(objective, recipe.quiet) if recipe.quiet else objective
@@ -91,15 +84,8 @@ def train(
         state = {} if carry is None else {name: accelerator.gather(part) for name, part in carry.state().items()}
         if accelerator.is_main_process:
             facts = plan | {"task": task.state(), "bytes": seen}
-            states = [schedule.state_dict() for schedule in schedules]
-            without = [{name: value for name, value in state.items() if name != "lr_lambdas"} for state in states]
-            save_checkpoint(run, step, model, optimizers, without, facts, state)
-
-    def anywhere(flag: bool) -> bool:
-        """Whether any process raised the flag; all processes must stop after the same step."""
-        if accelerator.num_processes == 1:
-            return flag
-        return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+            states = [_without(schedule.state_dict(), "lr_lambdas") for schedule in schedules]
+            save_checkpoint(run, step, model, optimizers, states, facts, state)
 
     run.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
@@ -112,9 +98,9 @@ def train(
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
                 batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
                 numbers = _gradients(accelerator, objective, prepared, batch, carry, recipe.clip)
-                if not all(map(math.isfinite, numbers.values())):
-                    wrong = next(name for name, number in numbers.items() if not math.isfinite(number))
-                    raise TrainingStopped(f"the {wrong} of step {step} is {numbers[wrong]}; {_last_good(run)}")
+                for name, number in numbers.items():
+                    if not math.isfinite(number):
+                        raise TrainingStopped(f"the {name} of step {step} is {number}; {_last_good(run)}")
                 for optimizer, schedule in zip(prepared_optimizers, schedules, strict=True):
                     optimizer.step()
                     optimizer.zero_grad()
@@ -123,8 +109,8 @@ def train(
                 seen += batch["input_ids"].numel() * accelerator.num_processes
                 row = {"step": step, **numbers, "rate": schedules[0].get_last_lr()[0], "bytes": seen}
                 reporter.step(row | task.state())
-                stop = anywhere(bool(received))
-                if stop or anywhere(time.monotonic() - saved > recipe.checkpoint_seconds):
+                stop = _anywhere(accelerator, bool(received))
+                if stop or _anywhere(accelerator, time.monotonic() - saved > recipe.checkpoint_seconds):
                     checkpoint(step)
                     saved = time.monotonic()
                 if stop:
@@ -143,6 +129,38 @@ def train(
         time.sleep(0.2)
     accelerator.end_training()
     return model.eval()
+
+
+def _initial_model(recipe: Recipe) -> PreTrainedModel:
+    """Fresh weights in float32, or those of the folder that the recipe starts from."""
+    model = AutoModelForCausalLM.from_config(recipe.model, dtype=torch.float32).train()
+    if recipe.start is not None:
+        model.load_state_dict(load_any(Path(recipe.start)).state_dict())
+    elif recipe.silent_reads:
+        silence_reads(model)
+    return model
+
+
+def _carry(recipe: Recipe, model: PreTrainedModel, accelerator: Accelerator, found: Path | None) -> Carry | None:
+    """The state of this process's rows, as the checkpoint `found` has it; None where none is carried."""
+    if not (recipe.carry and carries(recipe.model)):
+        return None
+    carry = Carry(model, recipe.batch_size)
+    if found is not None:
+        rows = slice(accelerator.process_index * carry.rows, (accelerator.process_index + 1) * carry.rows)
+        carry.restore({name: tensor[rows].to(accelerator.device) for name, tensor in load_state(found).items()})
+    return carry
+
+
+def _anywhere(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether any process raised the flag; all processes must stop after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+
+
+def _without(values: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key != name}
 
 
 def _last_good(run: Path) -> str:

@@ -1,6 +1,7 @@
 """Recipes: everything that decides a training run, as typed values with names."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -42,6 +43,9 @@ class Recipe:
         compile: trace the step with `torch.compile`: worth its minutes on a GPU, not with the CPU kernels.
         seed: of initialisation and data.
         checkpoint_seconds: time between checkpoints.
+
+    Raises:
+        ValueError: if a value is out of range, or two of them do not go together.
     """
 
     model: PreTrainedConfig
@@ -73,6 +77,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision is no or bf16, not {self.precision!r}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate}")
+        if not 0 <= self.quiet < math.inf:
+            raise ValueError(f"quiet must be finite and not negative, not {self.quiet}")
+        if self.piece is not None and not self.carry:
+            raise ValueError("piece is for reading in order: it needs carry")
         if self.quiet and self.compile:
             raise ValueError("a loss on the rotations of filler (quiet) is not for a step traced with torch.compile")
 

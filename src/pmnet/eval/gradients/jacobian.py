@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from pmnet.baselines.memories import PlainWrite
 from pmnet.eval.gradients.recurrences import Recurrence, State, recurrence
-from pmnet.eval.gradients.trees import shift_is_exact, traced
+from pmnet.eval.gradients.trees import read_levels, shift_is_exact
 from pmnet.model import PMNetForCausalLM
 
 WARM = 64  # positions read before t, so that the state is a usual one
@@ -144,7 +144,7 @@ def of_tree(model: PMNetForCausalLM, ids: Tensor, generator: torch.Generator) ->
     found: dict[str, list[Tensor]] = {}
     ends = [0, *distances(ids.shape[1] - WARM - 1)]
     for row in ids.split(1):
-        logits, levels = traced(model, row[:, :-1])
+        logits, levels = read_levels(model, row[:, :-1])
         fields = [level.field for level in levels]
         loss = F.cross_entropy(logits, row[:, -1])
         for i, gradient in enumerate(torch.autograd.grad(loss, fields, retain_graph=True)):

@@ -59,7 +59,7 @@ class Level:
         return torch.autograd.grad(states, written, gradient.flatten(2))[0].view_as(gradient)
 
 
-def traced(model: PMNetForCausalLM, ids: Tensor) -> tuple[Tensor, list[Level]]:
+def read_levels(model: PMNetForCausalLM, ids: Tensor) -> tuple[Tensor, list[Level]]:
     """Read `ids` `[B, T]` at once: logits of the last position `[B, V]`, and every level's writes."""
     levels: list[Level] = []
 

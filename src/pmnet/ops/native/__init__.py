@@ -85,7 +85,7 @@ def library() -> ctypes.CDLL | None:
 
 
 def kernels() -> Any:
-    """The compiled kernels, for code that runs only where `pmnet.ops.native` is true."""
+    """The compiled kernels, for code that runs only where `runs_native` is true."""
     return library()
 
 
