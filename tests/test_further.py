@@ -84,7 +84,7 @@ def test_what_cannot_be_trained_further_is_named(tmp_path):
     fails([*common, "--from", start, "--model", "llama"], "--model")
     folder(tmp_path / "mamba2", "mamba2")
     for option in (("--window", 3), ("--phase-bits", 4)):
-        fails([*common, "--from", tmp_path / "mamba2", *option], option[0], "not of a mamba2")
+        fails([*common, "--from", tmp_path / "mamba2", *option], option[0], "not to a mamba2")
     AutoModelForCausalLM.from_config(small_config("deep", vocab_size=256)).save_pretrained(tmp_path / "bytes")
     fails([*common, "--from", tmp_path / "bytes"], "bytes knows 256 ids", "261")
     (start / "model.safetensors").write_bytes(b"nothing")
