@@ -32,7 +32,7 @@ def page(root: Path) -> str:
         ),
         *_section("A million bytes: demo preset, seed 0", _cells(root.glob("demo/million/copy-paste.json"))),
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
-        *_runs("Controls: equal parameters, equal bytes", sorted(root.glob("controls/*")), "model"),
+        *_runs("Controls: about equal parameters, as many batches", sorted(root.glob("controls/*")), "model"),
         *_runs("Grid of rotations, seed 0", [root / "demo" / "seed-0", *root.glob("phase-bits/*")], "phase_bits"),
         *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*"))),
         *_tasks("A number in text: controls of equal size", sorted(root.glob("needle-controls/*"))),

@@ -34,8 +34,8 @@ class PMNetConfig(PreTrainedConfig):
             loaded model.
         phase_bits: b, rotations are rounded to multiples of `2**-b` turn; 32 is the published model.
         initializer_range: std of linear maps and embeddings at initialisation.
-        initializer_gain: when set, a linear map is initialised with std `gain / sqrt(fan_in)` instead; the
-            published 0.02 at D=512 is a gain of 0.45.
+        initializer_gain: when set, a linear map is initialised with std `gain / sqrt(fan_in)` instead; 0.45 gives
+            the published 0.02 where fan_in is 512.
         anchor_initializer_range: std of the anchors, in radians.
         rope_theta, rms_norm_eps, hidden_act, attention_dropout, tie_word_embeddings, max_position_embeddings:
             as in Llama-style configurations. `max_position_embeddings` limits nothing.
