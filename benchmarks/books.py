@@ -1,4 +1,4 @@
-"""The comparison on books: every model reads the same bytes in the same order, at a learning rate that one rule picks from four.
+"""The comparison on books: every model reads the same bytes in the same order, at a rate that one rule picks of four.
 
 `python -m benchmarks.books run --data data/books` trains and measures whatever is not in `runs/books` yet, `speed`
 times them in turns; `python -m benchmarks.books_page` makes the page of what is stored.

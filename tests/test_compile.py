@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import pmnet
-from pmnet.model.export import DecodeStep
+from pmnet.model.decode_step import DecodeStep
 from pmnet.ops import use_backend
 from tests.conftest import assert_same_state, random_ids, small_model
 

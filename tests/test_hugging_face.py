@@ -100,7 +100,7 @@ def test_offloaded_weights_are_loaded_when_they_are_needed(model):
 
 
 def test_what_is_saved_again_points_at_no_code_that_is_not_there(tmp_path, model):
-    from pmnet.model.remote import export_code
+    from pmnet.model.export import export_code
 
     model.save_pretrained(tmp_path / "a")
     pmnet.ByteTokenizer().save_pretrained(tmp_path / "a")

@@ -271,7 +271,7 @@ def test_added_tokens_have_ids_of_their_own(tmp_path):
         assert each.decode([65, 385, 384, 66]) == "A<|im_start|><think>B"
 
 
-ORDER = ["config", "ops", "memory", "model", "data", "baselines", "train", "eval", "report", "cli"]
+ORDER = ["atomic", "config", "ops", "memory", "model", "data", "baselines", "train", "eval", "report", "cli"]
 
 
 def test_imports_flow_one_way():

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import pmnet
 from benchmarks import retrieval, table
-from pmnet.model import remote
+from pmnet.model import export
 from pmnet.model.load import load_model
 from pmnet.report import provenance
 from tests.conftest import run_cli
@@ -80,7 +80,7 @@ def test_a_box_is_small_complete_and_carries_the_present_code(box):
     files = {path.name: path for path in box.iterdir()}
     assert sum(path.stat().st_size for path in files.values()) < 16 * 2**20
     assert {"README.md", "config.json", "model.safetensors", "tokenizer_config.json"} <= set(files)
-    code = {f"{module.replace('.', '_')}.py": remote._code(module) for module in remote._needed()}
+    code = {f"{module.replace('.', '_')}.py": export._code(module) for module in export._needed()}
     assert code == {name: path.read_text() for name, path in files.items() if name.endswith(".py")}, (
         f"run `pmnet export models/{box.name}`"
     )

@@ -18,8 +18,8 @@ from pmnet.eval.ablate import recurrence_off
 from pmnet.eval.mechanism import mechanism
 from pmnet.eval.retrieval import answers, measure, wilson
 from pmnet.eval.suite import grid, measure_cell
+from pmnet.model.export import export_code
 from pmnet.model.load import load_model
-from pmnet.model.remote import export_code
 from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import build_optimizers, train
 from pmnet.train.recipes import RECIPES
@@ -219,7 +219,7 @@ def test_a_model_folder_works_without_this_package(tmp_path, monkeypatch):
     assert run_cli(["export", str(folder)])[0] == 0
     text = "".join(path.read_text() for path in folder.glob("*.py"))
     assert not re.search(r"^\s*(from|import) pmnet\b", text, re.M)
-    copy, second = tmp_path / "elsewhere", tmp_path / "second"
+    copy, second = tmp_path / "elsewhere", tmp_path / "sécond (v2)"
     for target in (copy, second):
         shutil.copytree(folder, target)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))

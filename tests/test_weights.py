@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 import pmnet
@@ -57,7 +58,6 @@ CHANGES = {
     "other parameter": _other_parameter,
     "other norm": _other_norm,
     "other anchors": _other_anchors,
-    "other layers": _other_layers,
     "there and back": lambda core: core.bfloat16().float(),
     "bits": lambda core: setattr(core.config, "phase_bits", 4),
     "8-bit weights": pmnet.quantize_int8,
@@ -69,7 +69,26 @@ class Louder(Linear):
         return 2 * super().forward(input)
 
 
+def _finer(core):
+    core.layers[0].memory_write_module.config = copy.deepcopy(core.config)
+    core.layers[0].memory_write_module.config.phase_bits = 3
+
+
+class Turned(nn.Module):
+    def forward(self, anchors):
+        return anchors + 0.5
+
+
 ASIDE = {
+    "other layers": _other_layers,
+    "hook on anchors": lambda core: core.memory_embeddings.register_forward_hook(lambda *given: 0.5 * given[2]),
+    "parametrized anchors": lambda core: nn.utils.parametrize.register_parametrization(
+        core.memory_embeddings, "1", Turned()
+    ),
+    "pruned anchors": lambda core: nn.utils.prune.l1_unstructured(core.memory_embeddings, "1", 0.5),
+    "configuration of a write": _finer,
+    "heads": lambda core: vars(core.layers[0].memory_read_module).update(heads=4, size=8),
+    "method": lambda core: setattr(core.layers[0].memory_read_module, "seen", lambda query, _: query.flatten(2)),
     "transposed": _transposed,
     "the same place": _same_place,
     "hook": lambda core: core.get_submodule(SQUARE).register_forward_hook(lambda module, inputs, output: 2 * output),

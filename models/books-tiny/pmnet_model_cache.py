@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Cache
 
+from .pmnet_atomic import replacing
 from .pmnet_config import PMNetConfig
 from .pmnet_memory import empty_memory
 from .pmnet_model_attention import PastKeys
@@ -27,9 +28,9 @@ _COUNTERS = ("seen", "in_document", "next_position")
 class PMNetCache(Cache):
     """Everything a PMNet remembers: the phase memory, the last `W - 1` keys and values, and three counters.
 
-    Its size does not depend on how much has been read. Passing it to a model advances it in place; so may tensors taken
-    from `memory` and the counters before (a `window` stays what it was). `clone()` keeps a state.
-    `pmnet.stream_bytes` and calls of the model continue it with new ids; `generate` wants those it has read again.
+    Its size does not depend on how much has been read. Passing it to a model advances it in place; tensors taken from
+    `memory` and the counters before may change with it, those of `window` do not. `clone()` keeps a copy.
+    `pmnet.stream_bytes` and calls of the model continue it with new ids; `generate` expects those it has read as well.
 
     Args:
         config: the model's configuration.
@@ -207,16 +208,10 @@ class PMNetCache(Cache):
         Raises:
             OSError: if the file cannot be written.
         """
-        target = Path(path)
-        partial = target.with_name(target.name + ".partial")
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self._tensors().items()}
-        try:
-            save_file(tensors, partial, metadata={"format": FORMAT, "state": json.dumps({"columns": self.columns})})
-            os.replace(partial, target)
-        except SafetensorError as error:
-            raise OSError(f"could not write {target}: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        metadata = {"format": FORMAT, "state": json.dumps({"columns": self.columns})}
+        with replacing(Path(path)) as partial:
+            save_file(tensors, partial, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> "PMNetCache":
@@ -243,6 +238,8 @@ class PMNetCache(Cache):
             cache.memory = [tensors[f"memory.{level}"] for level in range(levels)]
             cache.window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
             cache.seen, cache.in_document, cache.next_position = (tensors[name] for name in _COUNTERS)
+            if any(getattr(cache, name).lt(0).any() for name in _COUNTERS) or cache.columns < 0:
+                raise ValueError(f"{path} is damaged: it has read less than nothing")
             if not all(past.isfinite().all() for pair in cache.window for past in pair):
                 raise ValueError(f"{path} is damaged: its keys and values are not finite")
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:

@@ -1,4 +1,4 @@
-"""What a call of the model is told when its arguments do not fit: one sentence each."""
+"""Argument checks of the model's forward pass: one sentence each."""
 
 from typing import Any
 
@@ -17,6 +17,15 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         low, high = (int(x) for x in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
+
+
+def check_depth(layers: nn.ModuleList, anchors: nn.ParameterList, config: PMNetConfig) -> None:
+    """ValueError unless there are as many layers and levels as configured."""
+    if len(layers) != config.num_hidden_layers or len(anchors) != config.num_levels:
+        raise ValueError(
+            f"this model has {len(layers)} layers and anchors of {len(anchors)} levels, but its configuration "
+            f"num_hidden_layers {config.num_hidden_layers} and {config.num_levels} levels"
+        )
 
 
 def check_anchors(anchors: nn.ParameterList, config: PMNetConfig) -> None:

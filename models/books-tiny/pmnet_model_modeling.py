@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions of this call, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .pmnet_config import PMNetConfig
-from .pmnet_memory import empty_memory, enter
+from .pmnet_memory import Anchors, empty_memory, enter
 from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
-from .pmnet_model_checks import check_anchors, check_cache, check_ids, check_packing
+from .pmnet_model_checks import check_anchors, check_cache, check_depth, check_ids, check_packing
 from .pmnet_model_chunk import read_chunk
 from .pmnet_model_generation import PMNetGenerationMixin
 from .pmnet_model_step import try_step
@@ -61,6 +63,14 @@ class PMNetPreTrainedModel(PreTrainedModel):
             raise ValueError("a PMNet hands more than hidden states from layer to layer: use_reentrant must be False")
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, *arguments, **kwargs)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PMNetPreTrainedModel":
+        """Move or cast; ValueError, with nothing changed, for a cast of 8-bit weights."""
+        for module in self.modules():
+            if isinstance(module, Int8Linear):
+                module.check_cast(fn)
+        super()._apply(fn, recurse)
+        return self
+
     def save_pretrained(self, *arguments: Any, **kwargs: Any) -> None:
         """Write configuration and weights.
 
@@ -70,16 +80,6 @@ class PMNetPreTrainedModel(PreTrainedModel):
         if any(isinstance(module, Int8Linear) for module in self.modules()):
             raise ValueError("8-bit weights cannot be saved: save the model before quantize_int8")
         super().save_pretrained(*arguments, **kwargs)
-
-
-class Anchors(nn.ParameterList):
-    """One anchor tensor per level, radians `[G, N, M]`; called, so that hooks which load weights see it."""
-
-    __call__ = nn.Module.__call__  # `ParameterList` forbids calls
-
-    def forward(self, level: int) -> Tensor:
-        """The anchors of `level`."""
-        return self[level]
 
 
 class PMNetModel(PMNetPreTrainedModel):
@@ -134,8 +134,6 @@ class PMNetModel(PMNetPreTrainedModel):
             ValueError: if ids are out of range, shapes do not agree, or the state is another model's.
             NotImplementedError: inside forward-mode differentiation, which the operators do not have.
         """
-        if torch.autograd.forward_ad._current_level >= 0:
-            raise NotImplementedError("a PMNet has no forward-mode derivative; use backward")
         if inputs_embeds is not None and input_ids is None:
             hidden = inputs_embeds
         elif input_ids is not None and inputs_embeds is None:
@@ -148,6 +146,7 @@ class PMNetModel(PMNetPreTrainedModel):
             raise ValueError(f"inputs_embeds (or the embedding) must be {wanted}, got {tuple(hidden.shape)}")
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        check_depth(self.layers, self.memory_embeddings, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is not None:
@@ -272,5 +271,8 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         head.weight = new.weight
         return head
 
+
+# by this name the Trainer knows that labels are to be shifted where it computes a loss itself (label smoothing)
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[PMNetConfig.model_type] = PMNetForCausalLM.__name__
 
 __all__ = ["PMNetForCausalLM", "PMNetModel", "PMNetPreTrainedModel"]

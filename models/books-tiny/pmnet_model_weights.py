@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .pmnet_config import PMNetConfig
-from .pmnet_memory import MemoryRead, MemoryWrite
+from .pmnet_memory import Anchors, MemoryRead, MemoryWrite
 from .pmnet_model_attention import SlidingWindowAttention
 from .pmnet_model_block import PMNetBlock, SwiGLU
 from .pmnet_ops import Int8Linear, Linear, RMSNorm
@@ -29,7 +29,8 @@ CONFIGURED = (
     "memory_write_period",
 )  # fmt: skip
 _WATCHED = (*CONFIGURED, "rms_norm_eps")
-_NUMBERS = ("eps", "scaling")  # that modules keep for themselves
+_NUMBERS = ("eps", "scaling", "heads", "size")  # that modules keep for themselves
+_METHODS = frozenset(("propose", "features", "seen"))  # of write and read, which the native step stands for
 
 
 class _Unusual(Exception):
@@ -40,22 +41,29 @@ class _Watch:
     """Everything that addresses depend on, as it was; it keeps the tensors alive, and hence their identity."""
 
     def __init__(self, layers: nn.ModuleList, anchors: nn.ParameterList, norm: nn.Module):
-        self.modules = [*chain.from_iterable(layer.modules() for layer in layers), norm]
+        self.modules = [*chain.from_iterable(layer.modules() for layer in layers), anchors, norm]
         own = [part for module in self.modules for part in (module._modules, module._parameters, module._buffers)]
         # a table that was empty has nothing that a forward of the library's own uses
         self.tables: list[dict[str, Any]] = [layers._modules, anchors._parameters, *(part for part in own if part)]
+        self.memory = [vars(part) for part in self.modules if isinstance(part, MemoryRead | MemoryWrite)]
+        self.configured = [vars(part) for part in self.modules if "config" in vars(part)]
         self.numbers = [(vars(part), name) for part in self.modules for name in _NUMBERS if name in vars(part)]
         self.objects = self._objects()
         self.tensors = [found for found in self.objects if isinstance(found, Tensor)]
         self.before = self._state()
 
-    def unchanged(self, anchors: nn.ParameterList, norm: nn.Module) -> bool:
+    def unchanged(self, config: PMNetConfig, anchors: nn.ParameterList, norm: nn.Module) -> bool:
         """Whether these are the same modules and tensors, at the same addresses, without hooks."""
         if norm is not self.modules[-1] or anchors._parameters is not self.tables[1]:
             return False
         objects = self._objects()
         same = len(objects) == len(self.objects) and all(map(is_, objects, self.objects))
-        return same and self._state() == self.before and all(map(plain, self.modules))
+        return same and self._state() == self.before and self.usual(config)
+
+    def usual(self, config: PMNetConfig) -> bool:
+        """Whether all modules are called as their classes say, by the configuration of the model."""
+        own = all(part["config"] is config for part in self.configured)
+        return own and all(map(_METHODS.isdisjoint, self.memory)) and all(map(plain, self.modules))
 
     def _objects(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self.tables))]
@@ -87,19 +95,26 @@ class Weights:
     def __init__(self, config: PMNetConfig, layers: nn.ModuleList, anchors: nn.ParameterList, norm: nn.Module):
         values = vars(config)
         self._config, self._watch = [values[name] for name in _WATCHED], _Watch(layers, anchors, norm)
-        expected = {"eps": values["rms_norm_eps"], "scaling": values["head_dim"] ** -0.5}
-        if any(own[name] != expected[name] for own, name in self._watch.numbers):
+        expected = {"eps": values["rms_norm_eps"], "scaling": values["head_dim"] ** -0.5,
+                    "heads": values["num_memory_read_heads"], "size": values["memory_size"]}  # fmt: skip
+        if any(own[name] != expected[name] for own, name in self._watch.numbers) or not self._watch.usual(config):
             raise _Unusual
         sizes = _sizes(values)
         self.layers = [_pointers_of(layer, *sizes) for layer in layers]
-        self.anchors = [_float(anchor, prod(config.memory_shape(level))) for level, anchor in enumerate(anchors)]
+        _check(anchors, Anchors)
+        levels = [
+            str(level) for level in range(config.num_levels)
+        ]  # other names: a parametrization keeps them elsewhere
+        if list(anchors._parameters) != levels:
+            raise _Unusual
+        self.anchors = [_float(anchors._parameters[name], prod(config.memory_shape(int(name)))) for name in levels]
         _check(norm, RMSNorm)
         self.norm = _float(norm._parameters["weight"], values["hidden_size"])
 
     def hold(self, config: PMNetConfig, anchors: nn.ParameterList, norm: nn.Module) -> bool:
         """Whether all of it is still true."""
         values = vars(config)  # attributes of a configuration are slow
-        return [values[name] for name in _WATCHED] == self._config and self._watch.unchanged(anchors, norm)
+        return [values[name] for name in _WATCHED] == self._config and self._watch.unchanged(config, anchors, norm)
 
 
 _known: WeakKeyDictionary[nn.ModuleList, Weights] = WeakKeyDictionary()
@@ -187,7 +202,9 @@ def _check(module: nn.Module | None, kind: type) -> None:
 
 
 def _float(tensor: Tensor | None, count: int | None = None) -> int:
-    if tensor is None or tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
+    if tensor is None or type(tensor) not in (Tensor, nn.Parameter):
+        raise _Unusual
+    if tensor.dtype != torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
         raise _Unusual
     if count is not None and tensor.numel() != count:  # a part was replaced: the configuration is no longer its size
         raise _Unusual

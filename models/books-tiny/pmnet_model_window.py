@@ -118,7 +118,7 @@ def plan_window(
     else:
         starts = documents != F.pad(documents[:, :-1], (1, 0))
         within = positions_within(starts, before)
-    span = (within + 1).clamp(max=width)
+    span = (within + 1).clamp(1, width)
     tail_index = None if counts is None else counts.unsqueeze(1) + torch.arange(width - 1, device=device)
     blocks = _lay_out(width, shape, span, seen) if in_blocks else None
     return Window(width, length, span, tail_index, blocks)

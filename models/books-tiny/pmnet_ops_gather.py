@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -38,7 +40,7 @@ def sum_rows(rows: Tensor, index: Tensor, count: int) -> Tensor:
     return chosen.to(rows.dtype) @ rows
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::lookup", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::lookup", mutates_args=())
 def lookup(table: Tensor, index: Tensor) -> Tensor:
     """Rows `table[index]` of a small table, whose gradient is a matrix product (`sum_rows`).
 

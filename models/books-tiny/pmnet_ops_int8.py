@@ -43,12 +43,16 @@ class Int8Linear(nn.Module):
         """Move to a device.
 
         Raises:
-            ValueError: for a cast; the kernels read scales and biases as float32.
+            ValueError: for a cast.
         """
-        if fn(self.scale).dtype != torch.float32:
-            raise ValueError("8-bit weights cannot be cast: cast the model before quantize_int8")
+        self.check_cast(fn)
         super()._apply(fn, recurse)
         return self
+
+    def check_cast(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """ValueError if `fn` casts; the kernels read scales and biases as float32."""
+        if fn(self.scale).dtype != torch.float32:
+            raise ValueError("8-bit weights cannot be cast: cast the model before quantize_int8")
 
     @property
     def weight(self) -> Tensor:

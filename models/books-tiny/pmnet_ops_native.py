@@ -94,6 +94,14 @@ def pointers(*tensors: Tensor | None) -> list[int | None]:
     return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
+def check_range(name: str, indices: Tensor, count: int) -> None:
+    """ValueError unless indices lie in `[0, count)`: a kernel would read and write elsewhere."""
+    if indices.numel():
+        low, high = (int(x) for x in torch.aminmax(indices))
+        if low < 0 or high >= count:
+            raise ValueError(f"{name} must lie in [0, {count}), got {low if low < 0 else high}")
+
+
 def dense_like(x: Tensor, *_: Any) -> Tensor:
     """An uninitialised contiguous tensor of the shape and dtype of the first argument."""
     return torch.empty_like(x, memory_format=torch.contiguous_format)

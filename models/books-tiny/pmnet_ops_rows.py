@@ -5,6 +5,8 @@ Shapes: B, T, D width of a row, H heads, E width of a head.
 
 from typing import Any
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -72,7 +74,7 @@ def silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return (0.5 * wide * (1 + torch.tanh(0.5 * wide))).to(gate.dtype) * up
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::rms_norm", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::rms_norm", mutates_args=())
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     x, weight = x.contiguous(), weight.contiguous()
     out = torch.empty_like(x)
@@ -81,7 +83,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::rms_norm_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::rms_norm_backward", mutates_args=())
 def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x, weight, upstream = x.contiguous(), weight.contiguous(), upstream.contiguous()
     width, rows = x.shape[-1], x.numel() // x.shape[-1]
@@ -90,7 +92,7 @@ def _rms_norm_backward(x: Tensor, weight: Tensor, upstream: Tensor, eps: float) 
     return grad, parts.sum(0)
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::norm_rotate", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::norm_rotate", mutates_args=())
 def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     x, weight, cos, sin = (tensor.contiguous() for tensor in (x, weight, cos, sin))
     out = torch.empty_like(x)
@@ -100,7 +102,7 @@ def _norm_rotate(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float
     return out
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::norm_rotate_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::norm_rotate_backward", mutates_args=())
 def _norm_rotate_backward(
     x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, upstream: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ def _norm_rotate_backward(
     return grad, parts.sum(0)
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::rotary_table", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::rotary_table", mutates_args=())
 def _rotary_table(positions: Tensor, width: int, theta: float, double: bool, natively: bool) -> Tensor:
     """`[2, B or 1, T, E]`; one operator, lest a compiler repeats it in every use."""
     if natively:
@@ -132,7 +134,7 @@ def _(positions: Tensor, width: int, theta: float, double: bool, natively: bool)
     return positions.new_empty(2, *positions.shape, width, dtype=torch.float64 if double else torch.float32)
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::silu_product", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::silu_product", mutates_args=())
 def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out = torch.empty_like(gate)
@@ -140,7 +142,7 @@ def _silu_product(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::silu_product_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::silu_product_backward", mutates_args=())
 def _silu_product_backward(gate: Tensor, up: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, upstream = gate.contiguous(), up.contiguous(), upstream.contiguous()
     grads = torch.empty_like(gate), torch.empty_like(up)

@@ -5,14 +5,16 @@ Shapes: B, T queries, H query heads, K key/value heads, E head_dim, W window.
 
 from typing import Any
 
+import re
+
 import torch
 from torch import Tensor
 
-from .pmnet_ops_native import dense_like, kernels, pointers
+from .pmnet_ops_native import check_range, dense_like, kernels, pointers
 
 
 def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
-    """Attend to the last `span` positions, oneself included; on the CPU, computed in float32.
+    """Attend to the last `span` positions, its own included; on the CPU, computed in float32.
 
     Args:
         query: `[B, T, H, E]`.
@@ -31,15 +33,16 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
     return batch, length, heads, keys.shape[2], width, keys.shape[1] - length + 1, span.shape[0]
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::window_attention", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::window_attention", mutates_args=())
 def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
+    check_range("span - 1", span - 1, keys.shape[1] - query.shape[1] + 1)
     query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
     out = torch.empty_like(query)
     kernels().window_attention(*pointers(query, keys, values, span, out), *_sizes(query, keys, span), scaling)
     return out
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::window_attention_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::window_attention_backward", mutates_args=())
 def _window_attention_backward(
     query: Tensor, keys: Tensor, values: Tensor, span: Tensor, upstream: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .pmnet_config import PMNetConfig
 from .pmnet_ops import Int8Linear, Linear, RMSNorm, address, read_slots
-from .pmnet_ops_linear import plain
+from .pmnet_ops_linear import plain, wrapped
 
 
 class MemoryRead(nn.Module):
@@ -29,8 +29,10 @@ class MemoryRead(nn.Module):
         return self.proj_out(self.seen(query, geometry))
 
     def seen(self, query: Tensor, geometry: Tensor) -> Tensor:
-        """What the heads see, `[B, T, R * M]`; a `proj_kv` that was wrapped or hooked (an adapter) is called itself."""
+        """What the heads see, `[B, T, R * M]`; a `proj_kv` with hooks, an adapter or a quantised weight is called."""
         if type(self.proj_kv) in (Linear, Int8Linear) and plain(self.proj_kv):
-            return read_slots(query, geometry, self.proj_kv.weight, self.proj_kv.bias)
+            weight = self.proj_kv.weight
+            if not wrapped(weight):
+                return read_slots(query, geometry, weight, self.proj_kv.bias)
         keys, values = self.proj_kv(geometry).unflatten(-1, (2, self.heads, self.size)).unbind(-3)
         return torch.einsum("btnr,btnrm->btrm", address(query, keys).to(values.dtype), values).flatten(2)

@@ -20,7 +20,7 @@ _forced = "auto"
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Force a backend within a `with` block.
+    """Force a backend within a `with` block, for all threads of the process.
 
     Args:
         name: `auto`, `torch`, `native` or `triton`. A forced backend is used wherever it can be: `native` needs float32
@@ -46,7 +46,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def runs_native(*tensors: Tensor | None) -> bool:
-    """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32."""
+    """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32.
+
+    Raises:
+        NotImplementedError: inside forward-mode differentiation, which the operators do not have.
+    """
+    if torch.autograd.forward_ad._current_level >= 0:
+        raise NotImplementedError("a PMNet has no forward-mode derivative; use backward")
     return (
         all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
         and _forced in ("auto", "native")
@@ -55,11 +61,13 @@ def runs_native(*tensors: Tensor | None) -> bool:
     )
 
 
-def direct(x: Tensor) -> bool:
-    """Whether a kernel may be called outside of an operator: nothing differentiates, traces or transforms `x`."""
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a kernel may be called outside of an operator: nothing differentiates, traces or wraps the tensors."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return False
-    if type(x) not in (Tensor, torch.nn.Parameter) or torch._C._functorch.peek_interpreter_stack() is not None:
+    if not all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
 

@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import re
+
 import torch
 from torch import Tensor
 
 from . import pmnet_ops_backend as backend
 from .pmnet_ops_gather import lookup, sum_rows
 from .pmnet_ops_linear import products, row_stable_linear
-from .pmnet_ops_native import dense_like, kernels, pointers
+from .pmnet_ops_native import check_range, dense_like, kernels, pointers
 
 MOST_SLOTS = 128  # of the native kernels
 _BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
@@ -107,7 +109,7 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
     return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::address", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::address", mutates_args=())
 def _address(query: Tensor, keys: Tensor) -> Tensor:
     query, keys = query.contiguous(), keys.contiguous()
     batch, length, slots, heads, size = keys.shape
@@ -116,7 +118,7 @@ def _address(query: Tensor, keys: Tensor) -> Tensor:
     return weights
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::address_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::address_backward", mutates_args=())
 def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     query, keys, upstream = query.contiguous(), keys.contiguous(), upstream.contiguous()
     batch, length, slots, heads, size = keys.shape
@@ -127,8 +129,9 @@ def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Te
     return grads
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::geometry", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::geometry", mutates_args=())
 def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+    check_range("groups", groups, anchors.shape[0])
     field = None if field is None else field.contiguous()
     anchors, groups = anchors.contiguous(), groups.contiguous()
     slots, size = anchors.shape[1:]
@@ -137,7 +140,7 @@ def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::geometry_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::geometry_backward", mutates_args=())
 def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
     upstream = upstream.contiguous()
     *leading, width = geometry.shape
@@ -146,7 +149,7 @@ def _geometry_backward(geometry: Tensor, upstream: Tensor) -> Tensor:
     return grad
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::read_slots", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::read_slots", mutates_args=())
 def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """The result, and the weights of the slots for the gradient. Keys and mixed slots stay in the cache."""
     batch, length, heads, size = query.shape
@@ -157,7 +160,7 @@ def _read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) -
     return values, weights
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::read_slots_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::read_slots_backward", mutates_args=())
 def _read_slots_backward(
     query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor, weights: Tensor, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

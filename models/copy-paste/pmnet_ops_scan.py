@@ -9,6 +9,8 @@ differences wrap exactly, so the result is independent of the order of additions
 
 from typing import Any, NamedTuple
 
+import re
+
 import torch
 from torch import Tensor
 
@@ -91,7 +93,7 @@ def scan_rotations(
     return angle, final_state
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::angle_of_states", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::angle_of_states", mutates_args=())
 def _angle_of_states(
     rotation: Tensor,
     states: Tensor,

@@ -5,11 +5,13 @@ Shapes: B sequences, T positions, G groups of the level, N slots, M phases.
 
 from typing import Any
 
+import re
+
 import torch
 from torch import Tensor
 
 from . import pmnet_ops_backend as backend
-from .pmnet_ops_native import kernels, pointers
+from .pmnet_ops_native import check_range, kernels, pointers
 from .pmnet_ops_phase import to_angle
 from .pmnet_ops_scan import scan_rotations
 
@@ -78,7 +80,7 @@ def phase_write(
     return angle.view_as(rotation), after.view_as(memory)
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::phase_write", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::phase_write", mutates_args=())
 def _phase_write(
     weights: Tensor,
     raw: Tensor,
@@ -90,6 +92,7 @@ def _phase_write(
     cumulative: bool,
     scale_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_range("groups", groups, memory.shape[1])
     weights, raw, groups, documents, valid = _dense(weights, raw, groups, documents, valid)
     after = memory.clone(memory_format=torch.contiguous_format)
     angle = weights.new_empty(*weights.shape, raw.shape[-1])
@@ -100,7 +103,7 @@ def _phase_write(
     return angle, after
 
 
-@torch.library.custom_op(__name__.replace(".", "_") + "::phase_write_backward", mutates_args=())
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::phase_write_backward", mutates_args=())
 def _phase_write_backward(
     weights: Tensor,
     raw: Tensor,

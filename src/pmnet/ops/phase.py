@@ -14,7 +14,7 @@ from torch import Tensor
 from pmnet.ops import backend
 from pmnet.ops.gather import lookup, sum_rows
 from pmnet.ops.linear import products, row_stable_linear
-from pmnet.ops.native import dense_like, kernels, pointers
+from pmnet.ops.native import check_range, dense_like, kernels, pointers
 
 MOST_SLOTS = 128  # of the native kernels
 _BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
@@ -129,6 +129,7 @@ def _address_backward(query: Tensor, keys: Tensor, weights: Tensor, upstream: Te
 
 @torch.library.custom_op("pmnet::geometry", mutates_args=())
 def _geometry(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:
+    check_range("groups", groups, anchors.shape[0])
     field = None if field is None else field.contiguous()
     anchors, groups = anchors.contiguous(), groups.contiguous()
     slots, size = anchors.shape[1:]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pmnet.ops.native import dense_like, kernels, pointers
+from pmnet.ops.native import check_range, dense_like, kernels, pointers
 
 
 def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
-    """Attend to the last `span` positions, oneself included; on the CPU, computed in float32.
+    """Attend to the last `span` positions, its own included; on the CPU, computed in float32.
 
     Args:
         query: `[B, T, H, E]`.
@@ -33,6 +33,7 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
 
 @torch.library.custom_op("pmnet::window_attention", mutates_args=())
 def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
+    check_range("span - 1", span - 1, keys.shape[1] - query.shape[1] + 1)
     query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
     out = torch.empty_like(query)
     kernels().window_attention(*pointers(query, keys, values, span, out), *_sizes(query, keys, span), scaling)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pmnet.ops import backend
-from pmnet.ops.native import kernels, pointers
+from pmnet.ops.native import check_range, kernels, pointers
 from pmnet.ops.phase import to_angle
 from pmnet.ops.scan import scan_rotations
 
@@ -90,6 +90,7 @@ def _phase_write(
     cumulative: bool,
     scale_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
+    check_range("groups", groups, memory.shape[1])
     weights, raw, groups, documents, valid = _dense(weights, raw, groups, documents, valid)
     after = memory.clone(memory_format=torch.contiguous_format)
     angle = weights.new_empty(*weights.shape, raw.shape[-1])

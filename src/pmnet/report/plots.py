@@ -1,11 +1,12 @@
 """Pictures of stored results."""
 
-import os
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from pmnet.atomic import replacing
 
 
 def plot_retrieval(task: str, cells: list[dict[str, Any]], reach: int | None, path: Path) -> None:
@@ -93,6 +94,5 @@ def plot_longcontext(rows: dict[str, dict[str, Any]], path: Path) -> None:
 
 def save_png(figure: Figure, path: Path) -> None:
     """Write a PNG that appears complete or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png")

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from pmnet.atomic import replacing
+
 
 def provenance() -> dict[str, Any]:
     """Command line, date, commit, versions and machine of this process."""
@@ -35,12 +37,9 @@ def provenance() -> dict[str, Any]:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    text = json.dumps(content, indent=1) + "\n"
+    with replacing(path) as partial:
+        partial.write_text(text)
 
 
 def _command() -> str:

@@ -6,7 +6,6 @@ it) and `trainer.json` (step, schedule, task, and the plan: recipe, model, proce
 """
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pmnet.atomic import replacing
 from pmnet.model import ByteTokenizer
 
 
@@ -51,7 +51,7 @@ def save_checkpoint(
         OSError: if the disk is full or not writable; earlier checkpoints are then untouched.
     """
     target = run / "checkpoints" / f"step-{step}"
-    with _whole(target) as partial:
+    with replacing(target) as partial:
         model.save_pretrained(partial)
         tensors = {"random": torch.get_rng_state()}
         for number, optimizer in enumerate(optimizers):
@@ -74,24 +74,9 @@ def save_model(model: PreTrainedModel, target: Path) -> None:
     Raises:
         OSError: if the disk is full or not writable; what was there before is then untouched.
     """
-    with _whole(target) as partial:
+    with replacing(target) as partial:
         model.save_pretrained(partial)
         ByteTokenizer().save_pretrained(partial)
-
-
-@contextmanager
-def _whole(target: Path) -> Iterator[Path]:
-    """A folder to write to, which takes the place of `target` at the end, unless something goes wrong."""
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(partial, target)
-    except SafetensorError as error:
-        raise OSError(f"could not write {target}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

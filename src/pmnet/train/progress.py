@@ -1,7 +1,6 @@
 """What a person and a file see of a run: one live line, metrics as JSON lines and TensorBoard events."""
 
 import json
-import os
 import sys
 import time
 from contextlib import suppress
@@ -12,6 +11,8 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+
+from pmnet.atomic import replacing
 
 SHOWN = ("loss", "correct", "stage")
 
@@ -25,18 +26,18 @@ class Reporter:
         run: run folder.
         total: steps.
         done: steps already done; later lines of an earlier attempt are dropped.
-        speaks: False on all processes but the main one: nothing is shown or written.
+        enabled: False on all processes but the main one: nothing is shown or written.
     """
 
-    def __init__(self, run: Path, total: int, done: int, speaks: bool = True):
-        self.speaks = speaks
-        if not speaks:
+    def __init__(self, run: Path, total: int, done: int, enabled: bool = True):
+        self.enabled = enabled
+        if not enabled:
             return
         self.console, self.process = Console(stderr=True), psutil.Process()
         self.path = run / "metrics.jsonl"
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text("".join(line + "\n" for line in _lines(self.path, done)))
-        os.replace(partial, self.path)
+        kept = _lines(self.path, done)
+        with replacing(self.path) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
         self.file = self.path.open("a")
         self.board = SummaryWriter(str(run / "tensorboard"), purge_step=done + 1)
         self.total, self.started, self.first, self.spoken = total, time.monotonic(), done, time.monotonic()
@@ -50,7 +51,7 @@ class Reporter:
 
     def step(self, row: dict[str, Any], every: int = 10) -> None:
         """Record one step's numbers; files get the first, every `every`-th and the last."""
-        if not self.speaks:
+        if not self.enabled:
             return
         step = row["step"]
         elapsed = time.monotonic() - self.started
@@ -76,7 +77,7 @@ class Reporter:
 
     def close(self) -> None:
         """Flush and close everything."""
-        if not self.speaks:
+        if not self.enabled:
             return
         self.progress.stop()
         self.file.close()

@@ -146,7 +146,7 @@ void step(float* x, int64_t* seen, int64_t* in_document, int64_t* position, cons
     for (int64_t t = 0; t < m.positions(); t++) {
         int64_t b = t / m.length, i = t % m.length, read = in_document[b] + i + 1;
         rotary_row(position[b] + i, m.width, m.theta, places.cosine.data() + t * m.width, places.sine.data() + t * m.width);
-        places.span[t] = read < m.window ? read : m.window;
+        places.span[t] = read < 1 ? 1 : read < m.window ? read : m.window;
     }
     for (int64_t b = 0; b < m.rows; b++) seen[b] += m.length, in_document[b] += m.length, position[b] += m.length;
     Floats h, y, geometry, field(m.positions() * m.slots * m.size);
