@@ -1,7 +1,6 @@
 """Training: learns, resumes to the bit, stops with a sentence."""
 
 import json
-import math
 import os
 import shutil
 import signal
