@@ -208,7 +208,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(moment, text, tmp_path, mon
 
             patch.setattr(Path, "write_text", write)
         elif moment == "rename":
-            patch.setattr(checkpoint.os, "replace", Full(os.replace, _full))
+            full = Full(os.replace, _full)
+
+            def rename(source, target):
+                return (full if Path(target).name.startswith("step-") else full.original)(source, target)
+
+            patch.setattr(os, "replace", rename)
         else:
             full = Full(progress.Reporter.step, _full)
             patch.setattr(progress.Reporter, "step", lambda *a, **k: full(*a, **k))

@@ -41,27 +41,23 @@ class Chunk:
 
     def advance(self, cache: PMNetCache, memory: list[Tensor], window: list[PastKeys]) -> None:
         """Move `cache` past this chunk, in place."""
-        kept = zip(cache.window, window, strict=True)
         # copies: the tails are views, and would keep the keys of the whole chunk alive
-        cache.window = [
+        kept = [
             PastKeys(new.keys.to(old.keys.dtype, copy=True), new.values.to(old.values.dtype, copy=True))
-            for old, new in kept
+            for old, new in zip(cache.window, window, strict=True)
         ]
-        cache.memory = memory
         read = self.columns if self.counts is None else self.counts
-        cache.seen = cache.seen + read
         if self.tokens.documents is None:
-            cache.in_document = cache.in_document + read
-            cache.next_position = cache.next_position + read
+            in_document, next_position = cache.in_document + read, cache.next_position + read
         else:
             documents, valid = self.tokens.documents, self.tokens.valid
             current = documents == documents[:, -1:]
             current = current if valid is None else current & valid
             continued = documents[:, -1] == 0
-            cache.in_document = current.sum(1) + torch.where(continued, cache.in_document, 0)
+            in_document = current.sum(1) + torch.where(continued, cache.in_document, 0)
             last = torch.where(current, self.positions, -1).amax(1) + 1
-            cache.next_position = torch.where(current.any(1), last, cache.next_position)
-        cache.columns += self.columns
+            next_position = torch.where(current.any(1), last, cache.next_position)
+        cache.replace(memory, kept, (cache.seen + read, in_document, next_position), cache.columns + self.columns)
 
 
 def read_chunk(
@@ -96,7 +92,9 @@ def read_chunk(
     def compacted(name: str, ids: Tensor) -> Tensor:
         if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != length:
             raise ValueError(f"{name} must be [{batch}, {length}], got {tuple(ids.shape)}")
-        rows = ids.expand(batch, length)
+        if ids.is_floating_point():
+            raise ValueError(f"{name} must be integers, got {ids.dtype}")
+        rows = ids.long().expand(batch, length)
         return rows if order is None else rows.gather(1, order)
 
     past = None if cache is None or cache.columns == 0 else cache

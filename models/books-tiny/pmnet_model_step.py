@@ -108,12 +108,14 @@ def _step(
         per_layer.extend((buffer.keys.data_ptr(), buffer.values.data_ptr()))
     out, model = hidden.clone(memory_format=torch.contiguous_format), _describe(values, hidden, ring)
     kernels: Any = library()
-    kernels.step(
-        out.data_ptr(), cache.seen.data_ptr(), cache.in_document.data_ptr(), cache.next_position.data_ptr(),
-        per_layer.buffer_info()[0], per_level.buffer_info()[0], weights.norm, ctypes.addressof(model),
-    )  # fmt: skip
-    ring.offset += length
-    cache.columns += length
+    try:
+        kernels.step(
+            out.data_ptr(), cache.seen.data_ptr(), cache.in_document.data_ptr(), cache.next_position.data_ptr(),
+            per_layer.buffer_info()[0], per_level.buffer_info()[0], weights.norm, ctypes.addressof(model),
+        )  # fmt: skip
+    finally:  # Ctrl-C is raised when the kernel has returned: the state has moved
+        ring.offset += length
+        cache.columns += length
     return out
 
 

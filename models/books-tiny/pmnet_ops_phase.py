@@ -18,7 +18,7 @@ from .pmnet_ops_gather import lookup, sum_rows
 from .pmnet_ops_linear import products, row_stable_linear
 from .pmnet_ops_native import check_range, dense_like, kernels, pointers
 
-MOST_SLOTS = 128  # of the native kernels
+MOST_SLOTS = 1024  # of the native kernels
 _BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
 _ROWS = 1024  # or so many rows of them: with fewer, the matrix library is slow
 

@@ -10,13 +10,32 @@ from .pmnet_model_cache import PMNetCache
 
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
-    """ValueError unless ids are int `[B, T]` in `[0, vocab_size)`."""
+    """ValueError unless ids are int64 or int32 `[B, T]` in `[0, vocab_size)`."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"input_ids must be int64 or int32, got {ids.dtype}")
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"input_ids must be [batch, positions] with at least one position, got {tuple(ids.shape)}")
     if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
         low, high = (int(x) for x in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
+
+
+def check_hidden(hidden: Tensor, config: PMNetConfig) -> None:
+    """ValueError unless embeddings are floating `[B, T, D]` of at least one position."""
+    if hidden.dim() != 3 or hidden.shape[1] == 0 or hidden.shape[2] != config.hidden_size:
+        wanted = f"[batch, positions, {config.hidden_size}]"
+        raise ValueError(f"inputs_embeds (or the embedding) must be {wanted}, got {tuple(hidden.shape)}")
+    if not hidden.is_floating_point():
+        raise ValueError(f"inputs_embeds must be floating, got {hidden.dtype}")
+
+
+def check_labels(labels: Tensor | None, vocab_size: int, ignored: int) -> None:
+    """ValueError for labels that are neither ids nor ignored: found later, the state would have moved already."""
+    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
+        if wrong.numel():
+            raise ValueError(f"labels must lie in [0, {vocab_size}) or be {ignored}, got {int(wrong[0])}")
 
 
 def check_depth(layers: nn.ModuleList, anchors: nn.ParameterList, config: PMNetConfig) -> None:

@@ -86,7 +86,7 @@ class PMNetCache(Cache):
         return f"PMNetCache(batch_size={self.batch_size}, columns={self.columns}, nbytes={self.nbytes:,})"
 
     def __len__(self) -> int:
-        return len(self._window) if self._ring is None else len(self._ring.buffers)
+        return len(self._held())
 
     @property
     def batch_size(self) -> int:
@@ -96,7 +96,10 @@ class PMNetCache(Cache):
     @property
     def dtype(self) -> torch.dtype:
         """Of the keys and values; the memory is int32."""
-        return (self._window if self._ring is None else self._ring.buffers)[0].keys.dtype
+        return self._held()[0].keys.dtype
+
+    def _held(self) -> list[PastKeys]:
+        return self._window if self._ring is None else self._ring.buffers
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +143,9 @@ class PMNetCache(Cache):
                     raise ValueError(
                         f"this state does not fit the model: {name} should be {list(wanted)}, got {list(shape)}"
                     )
+        kinds = {tensor.dtype for past in self._held() for tensor in past}
+        if len(kinds) > 1 or not all(kind.is_floating_point for kind in kinds):
+            raise ValueError(f"keys and values of a state have one floating type, not {', '.join(map(str, kinds))}")
         for kind, integers in ((torch.int32, self.memory), (torch.int64, counters)):
             for tensor in integers:
                 if tensor.dtype != kind:
@@ -149,6 +155,11 @@ class PMNetCache(Cache):
                 f"this state does not fit the model: it has {len(self.memory)} levels and {len(self)} layers, "
                 f"not {levels} and {layers}"
             )
+
+    def replace(self, memory: list[Tensor], window: list[PastKeys], counters: tuple[Tensor, ...], columns: int) -> None:
+        """Put another state in the place of this one: all of it or, where Ctrl-C comes in between, nothing."""
+        named = dict(zip(_COUNTERS, counters, strict=True))
+        self.__dict__.update(named, memory=memory, _window=window, _ring=None, columns=columns)
 
     def reset(self) -> None:
         """Forget everything, in place."""
@@ -179,7 +190,13 @@ class PMNetCache(Cache):
         return self
 
     def to(self, device: torch.device | str) -> "PMNetCache":
-        """Move every tensor to `device`, in place; returns self."""
+        """Move every tensor to `device`, in place; returns self.
+
+        Raises:
+            ValueError: for a dtype: turns and counters are integers.
+        """
+        if isinstance(device, torch.dtype):
+            raise ValueError(f"a state moves between devices and is not cast to {device}: turns are integers")
         self._map(lambda tensor: tensor.to(device))
         return self
 
@@ -232,17 +249,20 @@ class PMNetCache(Cache):
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a PMNetCache file")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                cache.columns = int(json.loads(metadata["state"])["columns"])
+                cache.columns = json.loads(metadata["state"])["columns"]
+                if type(cache.columns) is not int:
+                    raise TypeError("columns is not an integer")
             levels = sum(name.startswith("memory.") for name in tensors)
             layers = sum(name.startswith("keys.") for name in tensors)
             cache.memory = [tensors[f"memory.{level}"] for level in range(levels)]
             cache.window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
-            cache.seen, cache.in_document, cache.next_position = (tensors[name] for name in _COUNTERS)
-            if any(getattr(cache, name).lt(0).any() for name in _COUNTERS) or cache.columns < 0:
-                raise ValueError(f"{path} is damaged: it has read less than nothing")
+            counters = [tensors[name] for name in _COUNTERS]
+            cache.seen, cache.in_document, cache.next_position = counters
+            if not all(0 <= count < 2**62 for count in (cache.columns, *torch.stack(counters).flatten().tolist())):
+                raise ValueError(f"{path} is damaged: it cannot have read so many positions")
             if not all(past.isfinite().all() for pair in cache.window for past in pair):
                 raise ValueError(f"{path} is damaged: its keys and values are not finite")
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
         return cache
 

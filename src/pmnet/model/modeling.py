@@ -18,7 +18,15 @@ from pmnet.config import PMNetConfig
 from pmnet.memory import Anchors, empty_memory, enter
 from pmnet.model.block import PMNetBlock
 from pmnet.model.cache import PMNetCache
-from pmnet.model.checks import check_anchors, check_cache, check_depth, check_ids, check_packing
+from pmnet.model.checks import (
+    check_anchors,
+    check_cache,
+    check_depth,
+    check_hidden,
+    check_ids,
+    check_labels,
+    check_packing,
+)
 from pmnet.model.chunk import read_chunk
 from pmnet.model.generation import PMNetGenerationMixin
 from pmnet.model.step import try_step
@@ -141,9 +149,7 @@ class PMNetModel(PMNetPreTrainedModel):
             hidden = self.embed_tokens(input_ids)
         else:
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if hidden.dim() != 3 or hidden.shape[2] != self.config.hidden_size:
-            wanted = f"[batch, positions, {self.config.hidden_size}]"
-            raise ValueError(f"inputs_embeds (or the embedding) must be {wanted}, got {tuple(hidden.shape)}")
+        check_hidden(hidden, self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         check_depth(self.layers, self.memory_embeddings, self.config)
@@ -152,7 +158,7 @@ class PMNetModel(PMNetPreTrainedModel):
         if past_key_values is not None:
             check_cache(past_key_values, self.config, hidden)
         elif use_cache:
-            past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, hidden.dtype)
+            past_key_values = PMNetCache(self.config, hidden.shape[0], hidden.device, self.dtype)
 
         if not (self.training or output_hidden_states or document_ids is not None):
             stepped = try_step(
@@ -165,6 +171,8 @@ class PMNetModel(PMNetPreTrainedModel):
         dropout = self.config.attention_dropout if self.training else 0.0
         chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
         hidden = chunk.compact(hidden)
+        if chunk.tokens.valid is not None:  # whatever stands at padding: a weight of zero does not undo a NaN
+            hidden = hidden.masked_fill(~chunk.tokens.valid.unsqueeze(2), 0)
         rotary = rotary_table(chunk.positions, self.config.head_dim, self.config.rope_theta, hidden)
         if past_key_values is None:
             memory = empty_memory(self.config, hidden.shape[0], hidden.device)
@@ -238,6 +246,7 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
             ValueError: as `PMNetModel.forward`.
         """
         check_packing(position_ids, document_ids, kwargs)
+        check_labels(labels, self.config.vocab_size, kwargs.get("ignore_index", -100))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

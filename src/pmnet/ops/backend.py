@@ -24,7 +24,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Args:
         name: `auto`, `torch`, `native` or `triton`. A forced backend is used wherever it can be: `native` needs float32
-            tensors on the CPU outside of autocast and 128 slots or fewer, `triton` needs the `triton` package and a
+            tensors on the CPU outside of autocast and 1,024 slots or fewer, `triton` needs the `triton` package and a
             CUDA device (or its interpreter).
 
     Raises:

@@ -1,5 +1,6 @@
 // Kernels that more than one file of the native code uses.
 #pragma once
+#include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -30,6 +31,7 @@ class Floats {
         if (size == count) return;
         free(start);
         start = (float*)aligned_alloc(64, (size + LANES) / LANES * 64), count = size;
+        if (!start) fputs("pmnet: not enough memory\n", stderr), abort();
     }
     float* data() { return start; }
     const float* data() const { return start; }

@@ -2,7 +2,7 @@
 #pragma once
 #include "vector.h"
 
-constexpr int MOST_SLOTS = 128;
+constexpr int MOST_SLOTS = 1024;
 
 static inline void softmax(float* x, int64_t count) {
     float top = x[0], total = 0;
