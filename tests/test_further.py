@@ -92,6 +92,23 @@ def test_what_cannot_be_trained_further_is_named(tmp_path):
     assert not run.exists()
 
 
+def test_several_strings_are_asked_for_as_often_as_one(tmp_path):
+    plan = replace(RECIPES["copy-paste"]["box-finish"](), batch_size=6, rounds=3, size=4)
+    source = build_ladder("copy-paste", plan)
+    found = [0, 0, 0]
+    for index in range(600):
+        batch = source.batch(index)
+        pastes = (batch["input_ids"] == PASTE).sum(1)
+        assert (pastes == pastes[0]).all()
+        found[int(pastes[0]) - 1] += 1
+        assert len(pastes) <= 6 // pastes[0]
+    assert all(150 < count < 250 for count in found), found
+    with pytest.raises(ValueError, match="need finish"):
+        replace(RECIPES["copy-paste"]["demo"](), rounds=2)
+    fails(["train", "recall", "--rounds", 2, "--out", tmp_path / "run"], "several rounds")
+    fails(["eval", "retrieval", folder(tmp_path / "m"), "--task", "recall", "--rounds", 2], "several rounds", "recall")
+
+
 def test_the_second_half_of_the_box_asks_for_all_gaps_alike():
     plan = RECIPES["copy-paste"]["box-finish"]()
     source = build_ladder("copy-paste", replace(plan, batch_size=8))

@@ -1,5 +1,7 @@
 """Tasks: episodes say what they claim, in any chunks, for any seed; what cannot be drawn is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -226,3 +228,23 @@ def test_what_cannot_be_drawn_is_refused():
 
 def test_a_span_without_answers_scores_nothing():
     assert not Span(torch.ones(2, 3, dtype=torch.int64)).columns(0, 3)[1].any()
+
+
+def test_strings_one_after_another():
+    problem = CopyPaste((3, 3), (2, 5))
+    ids, scored = drawn(replace(problem, rounds=3), rows=4).dense()
+    first = drawn(problem, rows=4).dense()
+    length = first[0].shape[1]
+    assert ids.shape == (4, 3 * length)
+    assert torch.equal(ids[:, :length], first[0])
+    rounds = ids.view(4, 3, length)
+    assert torch.equal(scored.view(4, 3, length), first[1][:, None].expand(4, 3, length))
+    for row in rounds.flatten(0, 1):
+        start = row.tolist().index(COPY) + 1
+        assert torch.equal(row[start : start + 4], row[-4:])
+    assert len({tuple(row[-4:].tolist()) for row in rounds.flatten(0, 1)}) == 12  # other letters every time
+    last = drawn(replace(problem, rounds=3, last=True), rows=4).dense()
+    assert torch.equal(last[0], ids)
+    assert torch.equal(last[1], scored & (torch.arange(3 * length) >= 2 * length))
+    with pytest.raises(ValueError, match="at least one string"):
+        replace(problem, rounds=0)

@@ -28,10 +28,11 @@ def retrieval_command(
     variants: Annotated[str, typer.Option(help="Fillers, symbol widths, keys or needles; default: the task's.")] = "",
     distances: Annotated[str, typer.Option(help="Bytes of filler, as in 8x (times the reach) or 1000000.")] = "",
     reach: Annotated[int | None, typer.Option(min=1, help="What 1x is; by default the attention's reach.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Strings one after another; the last counts (copy-paste).")] = 1,
     text: Annotated[Path | None, typer.Option(help="File of real text to fill with.")] = None,
     strings: Annotated[int, typer.Option(min=1, help="Answers per cell.")] = 1000,
     rows: Annotated[int, typer.Option(min=1, help="Answers read at once.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 12345,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = 12345,
     control: Annotated[bool, typer.Option(help="Also with the recurrence off, up to 64 times the reach.")] = True,
     save: Annotated[
         Path | None,
@@ -41,8 +42,8 @@ def retrieval_command(
     """Share of answers that come back exactly: by distance, by size, memory on and off."""
     network = load_any(model)
     one = reach or getattr(network.config, "receptive_field", None)
-    cells = grid(task, one, _sizes(sizes), _parts(variants), _parts(distances), text)
-    title = f"{task}, {strings} answers per cell, reach {one}"
+    cells = grid(task, one, _sizes(sizes), _parts(variants), _parts(distances), text, rounds)
+    title = f"{task}, {strings} answers per cell, reach {one}" + (f", string {rounds}" if rounds > 1 else "")
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # all eight columns in a terminal of 80
     for head in ("size", "variant", "distance", "exact", "95 %\ninterval", "per\nbyte", "memory\noff", "per\nbyte"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -51,6 +52,7 @@ def retrieval_command(
         "seed": seed,
         "rows": rows,
         "reach": one,
+        "rounds": rounds,
         "text": None if text is None else str(text),
         "parameters": sum(p.numel() for p in network.parameters()),
         "model": network.config.to_dict(),

@@ -47,6 +47,7 @@ def train_command(
     practice: Annotated[int | None, typer.Option(min=2, help="Every N-th batch is copy-paste (lm).")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Window of attention, in keys.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Final size of the task: letters, pairs (not lm).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Most strings one after another (box-finish).")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Rotations are rounded to 2**-b turn.")] = None,
     quiet: Annotated[
         float | None, typer.Option(min=0.0, help="Weight of a loss on turns by filler (copy-paste).")
@@ -69,8 +70,8 @@ def train_command(
         raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "piece": piece, "size": size,
-        "practice": practice, "quiet": quiet, "learning_rate": learning_rate, "clip": clip, "seed": seed,
-        "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
+        "rounds": rounds, "practice": practice, "quiet": quiet, "learning_rate": learning_rate, "clip": clip,
+        "seed": seed, "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
     recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
     if recipe.finish and start is None:
@@ -86,6 +87,8 @@ def train_command(
         raise ValueError("--size is for tasks, not for lm")
     if recipe.quiet and (task != "copy-paste" or getattr(recipe.model, "num_levels", 1) < 2):
         raise ValueError(f"--quiet is for copy-paste and a PMNet of several levels, not for {architecture} on {task}")
+    if recipe.rounds > 1 and task != "copy-paste":
+        raise ValueError(f"--rounds is for copy-paste, not for {task}")
     if task != "lm" and data:
         raise ValueError(f"--data is for lm, {task} makes its own")
     if task != "lm" and (carry, length, piece, practice, workers) != (None, None, None, None, 0):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def grid(
     variants: Sequence[str] = (),
     distances: Sequence[str] = (),
     text: Path | None = None,
+    rounds: int = 1,
 ) -> list[Cell]:
     """All problems of a task that `sizes`, `variants` and `distances` span; defaults where one is empty.
 
@@ -84,6 +85,7 @@ def grid(
         reach: positions that a multiple of a distance stands for; None if the model has no reach.
         sizes, variants, distances: as in `Task`.
         text: file to take real text from.
+        rounds: strings of an episode, the last of which is scored (copy-paste).
 
     Returns:
         Cells, distances innermost. One-byte recall of more than 255 pairs is left out.
@@ -93,6 +95,8 @@ def grid(
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    if rounds > 1 and task != "copy-paste":
+        raise ValueError(f"several rounds are for copy-paste, not for {task}")
     plan, filler = TASKS[task], Filler("text", text=None if text is None else text_of(text))
     cells = []
     for variant in variants or plan.variants:
@@ -102,7 +106,10 @@ def grid(
             for distance in sorted({_distance(part, reach) for part in distances or plan.distances}):
                 if task == "copy-paste" and distance != round(distance):
                     raise ValueError(f"filler is of whole bytes, not {distance}")
-                cells.append(Cell(plan.build(size, variant, distance, filler), size, variant, distance))
+                problem = plan.build(size, variant, distance, filler)
+                if isinstance(problem, CopyPaste) and rounds > 1:
+                    problem = replace(problem, rounds=rounds, last=True)
+                cells.append(Cell(problem, size, variant, distance))
     if not cells:
         raise ValueError("recall with one-byte symbols has at most 255 pairs")
     return cells

@@ -18,7 +18,7 @@ def copy_paste(recipe: Recipe) -> Curriculum:
     then the letter is any of 256 values; then the string grows, letter by letter. At last filler may be any byte too:
     one batch in eight has gaps from 0 up, and one in four has long gaps (in a quarter of the rows): without these, a
     model may learn to hold a string only about as long as it was trained to. A `recipe.finish` has no stages, and gaps
-    within, just beyond and far beyond the reach in equal parts.
+    within, just beyond and far beyond the reach in equal parts; with `recipe.rounds`, as often each number of strings.
     """
     size, reach = recipe.size, recipe.gap
     every = (Filler(), Filler(), Filler("constant"), Filler("text"))
@@ -26,7 +26,13 @@ def copy_paste(recipe: Recipe) -> Curriculum:
     if recipe.finish:
         strings = (((1, min(4, size)), 0.25), ((1, size), 0.25), ((size, size), 0.5))
         gaps = (((0, 4), 1 / 6, 1.0), (near, 1 / 6, 1.0), (beyond, 1 / 3, 1.0), (far, 1 / 3, 1 / 4))
-        return [], [Part(CopyPaste(k, g, every), w * v, rows) for k, w in strings for g, v, rows in gaps]
+        rounds = range(1, recipe.rounds + 1)
+        return [], [
+            Part(CopyPaste(k, g, every, rounds=n), w * v, rows / n)
+            for n in rounds
+            for k, w in strings
+            for g, v, rows in gaps
+        ]
     alphabets = [CopyPaste((1, 1), (reach, reach + n), (Filler(least=256 - 2**n),), 64) for n in range(6)]
     few = (Filler(least=224),)
     letters = [CopyPaste((1, 1), beyond, few, values) for values in (128, 256)]

@@ -27,6 +27,7 @@ class Recipe:
         piece: with `carry`, bytes that a row reads in one go before it turns to another place; None: a whole file.
         size: how large a task grows: letters of a string (copy-paste), and so on (`pmnet.train.ladders`).
         gap: least filler between question and answer in training (copy-paste), the reach of the attention.
+        rounds: strings of an episode, one after another in the same state: at most so many (copy-paste, `finish`).
         practice: every so many batches, one of copy-paste instead of text (files only); None: text alone.
         quiet: weight of an auxiliary loss, the mean rotation of filler below the root in radians (copy-paste); 0: none.
         learning_rate: peak of the optimizer.
@@ -58,6 +59,7 @@ class Recipe:
     piece: int | None = None
     size: int = 8
     gap: int = 15
+    rounds: int = 1
     practice: int | None = None
     quiet: float = 0.0
     learning_rate: float = 5e-4
@@ -83,6 +85,8 @@ class Recipe:
             raise ValueError(f"quiet must be finite and not negative, not {self.quiet}")
         if self.piece is not None and not self.carry:
             raise ValueError("piece is for reading in order: it needs carry")
+        if self.rounds > 1 and not self.finish:
+            raise ValueError("several rounds are for a model that knows the task: they need finish")
         if self.quiet and self.compile:
             raise ValueError("a loss on the rotations of filler (quiet) is not for a step traced with torch.compile")
 
