@@ -18,15 +18,7 @@ from .pmnet_config import PMNetConfig
 from .pmnet_memory import Anchors, empty_memory, enter
 from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
-from .pmnet_model_checks import (
-    check_anchors,
-    check_cache,
-    check_depth,
-    check_hidden,
-    check_ids,
-    check_labels,
-    check_packing,
-)
+from .pmnet_model_checks import check_cache, check_hidden, check_ids, check_labels, check_packing, check_sizes
 from .pmnet_model_chunk import read_chunk
 from .pmnet_model_generation import PMNetGenerationMixin
 from .pmnet_model_step import try_step
@@ -152,7 +144,6 @@ class PMNetModel(PMNetPreTrainedModel):
         check_hidden(hidden, self.config)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        check_depth(self.layers, self.memory_embeddings, self.config)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if past_key_values is not None:
@@ -167,7 +158,7 @@ class PMNetModel(PMNetPreTrainedModel):
             )  # fmt: skip
             if stepped is not None:
                 return BaseModelOutputWithPast(last_hidden_state=stepped, past_key_values=past_key_values)
-        check_anchors(self.memory_embeddings, self.config)
+        check_sizes(self.layers, self.memory_embeddings, self.config)
         dropout = self.config.attention_dropout if self.training else 0.0
         chunk = read_chunk(self.config, hidden, attention_mask, position_ids, document_ids, past_key_values, dropout)
         hidden = chunk.compact(hidden)

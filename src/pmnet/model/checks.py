@@ -8,10 +8,12 @@ from torch import Tensor, nn
 from pmnet.config import PMNetConfig
 from pmnet.model.cache import PMNetCache
 
+_INTEGERS = (torch.int64, torch.int32)
+
 
 def check_ids(ids: Tensor, vocab_size: int) -> None:
     """ValueError unless ids are int64 or int32 `[B, T]` in `[0, vocab_size)`."""
-    if ids.dtype not in (torch.int64, torch.int32):
+    if ids.dtype not in _INTEGERS:
         raise ValueError(f"input_ids must be int64 or int32, got {ids.dtype}")
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"input_ids must be [batch, positions] with at least one position, got {tuple(ids.shape)}")
@@ -38,17 +40,13 @@ def check_labels(labels: Tensor | None, vocab_size: int, ignored: int) -> None:
             raise ValueError(f"labels must lie in [0, {vocab_size}) or be {ignored}, got {int(wrong[0])}")
 
 
-def check_depth(layers: nn.ModuleList, anchors: nn.ParameterList, config: PMNetConfig) -> None:
-    """ValueError unless there are as many layers and levels as configured."""
+def check_sizes(layers: nn.ModuleList, anchors: nn.ParameterList, config: PMNetConfig) -> None:
+    """ValueError unless there are as many layers and levels as configured, and anchors of the configured shape."""
     if len(layers) != config.num_hidden_layers or len(anchors) != config.num_levels:
         raise ValueError(
             f"this model has {len(layers)} layers and anchors of {len(anchors)} levels, but its configuration "
             f"num_hidden_layers {config.num_hidden_layers} and {config.num_levels} levels"
         )
-
-
-def check_anchors(anchors: nn.ParameterList, config: PMNetConfig) -> None:
-    """ValueError unless the anchors of each level have the configured shape."""
     for level, anchor in enumerate(anchors):
         if anchor.shape != config.memory_shape(level):
             raise ValueError(

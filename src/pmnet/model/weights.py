@@ -30,7 +30,6 @@ CONFIGURED = (
 )  # fmt: skip
 _WATCHED = (*CONFIGURED, "rms_norm_eps")
 _NUMBERS = ("eps", "scaling", "heads", "size")  # that modules keep for themselves
-_METHODS = frozenset(("propose", "features", "seen"))  # of write and read, which the native step stands for
 
 
 class _Unusual(Exception):
@@ -42,7 +41,8 @@ class _Watch:
 
     def __init__(self, layers: nn.ModuleList, anchors: nn.ParameterList, norm: nn.Module):
         self.modules = [*chain.from_iterable(layer.modules() for layer in layers), anchors, norm]
-        own = [part for module in self.modules for part in (module._modules, module._parameters, module._buffers)]
+        inside = [module for module in self.modules if module is not anchors]
+        own = [part for module in inside for part in (module._modules, module._parameters, module._buffers)]
         # a table that was empty has nothing that a forward of the library's own uses
         self.tables: list[dict[str, Any]] = [layers._modules, anchors._parameters, *(part for part in own if part)]
         self.memory = [vars(part) for part in self.modules if isinstance(part, MemoryRead | MemoryWrite)]
@@ -62,8 +62,10 @@ class _Watch:
 
     def usual(self, config: PMNetConfig) -> bool:
         """Whether all modules are called as their classes say, by the configuration of the model."""
-        own = all(part["config"] is config for part in self.configured)
-        return own and all(map(_METHODS.isdisjoint, self.memory)) and all(map(plain, self.modules))
+        for own in self.memory:
+            if "propose" in own or "features" in own or "seen" in own:  # methods that were replaced
+                return False
+        return all(own["config"] is config for own in self.configured) and all(map(plain, self.modules))
 
     def _objects(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self.tables))]
@@ -97,7 +99,8 @@ class Weights:
         self._config, self._watch = [values[name] for name in _WATCHED], _Watch(layers, anchors, norm)
         expected = {"eps": values["rms_norm_eps"], "scaling": values["head_dim"] ** -0.5,
                     "heads": values["num_memory_read_heads"], "size": values["memory_size"]}  # fmt: skip
-        if any(own[name] != expected[name] for own, name in self._watch.numbers) or not self._watch.usual(config):
+        other = any(own[name] != expected[name] for own, name in self._watch.numbers)
+        if other or not self._watch.usual(config) or len(layers) != config.num_hidden_layers:
             raise _Unusual
         sizes = _sizes(values)
         self.layers = [_pointers_of(layer, *sizes) for layer in layers]
