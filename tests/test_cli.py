@@ -118,7 +118,7 @@ def test_every_task_is_measured(model, text, tmp_path, task, sizes, variants, di
     arguments += ["--variants", variants, "--distances", distances, "--text", str(text), "--no-control"]
     assert run_cli([*arguments, "--save", str(tmp_path)])[0] == 0
     cells = json.loads((tmp_path / f"{task}.json").read_text())["cells"]
-    assert len(cells) == {"copy-paste": 3, "selective-copy": 1, "recall": 4, "lookup": 2, "needle": 8}[task]
+    assert len(cells) == {"copy-paste": 3, "selective-copy": 1, "recall": 4, "lookup": 2, "needle": 6}[task]
     assert all(cell["strings"] == 3 and cell["control"] is None for cell in cells)
 
 
@@ -130,7 +130,7 @@ def test_bad_grids_are_named(model):
     fails(["eval", "memory", model, "--gap", "16"], "within the reach")
     fails([*start, "--task", "recall", "--sizes", "300", "--variants", "1"], "255 pairs")
     fails(["eval", "gradients", "saturation", "/nowhere"], "/nowhere")
-    fails(["eval", "gradients", "training", "--lengths", "0"], "above 0")
+    fails(["eval", "gradients", "training", "--lengths", "0"], "1 or more")
     fails([*start, "--variants", "snow"], "unknown filler 'snow'")
     fails([*start, "--text", "/nowhere"], "no file at /nowhere")
     fails([*start, "--sizes", "8,many"], "--sizes", "'8,many'")

@@ -16,16 +16,20 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         OSError: if the disk is full or not writable; what was there before is then untouched.
     """
-    partial = target.with_name(target.name + ".partial")
+    partial, aside = (target.with_name(target.name + end) for end in (".partial", ".old"))
     _remove(partial)
     try:
         yield partial
-        if partial.is_dir():
-            shutil.rmtree(target, ignore_errors=True)  # a folder cannot replace one that is not empty
+        if partial.is_dir() and os.path.lexists(target):  # a folder cannot replace one that is not empty
+            _remove(aside)
+            os.replace(target, aside)
         os.replace(partial, target)
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise OSError(f"could not write {target}: {error}") from error
     finally:
+        if os.path.lexists(aside) and not os.path.lexists(target):
+            os.replace(aside, target)
+        _remove(aside)
         _remove(partial)
 
 

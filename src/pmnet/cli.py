@@ -50,7 +50,7 @@ def _plain_errors() -> Iterator[None]:
         raise typer.Exit(130 if isinstance(error, TrainingInterrupted) else 1) from error
     except BrokenPipeError:  # nobody reads any more: the command ends without a word
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:

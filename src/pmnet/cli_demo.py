@@ -75,7 +75,7 @@ def demo_command(
         f"{read / reach:,.0f} times the reach{growth}"
     )
     for name, said in (("you typed", typed), ("memory on", recalled), ("memory off", control)):
-        verdict = "" if said is typed else ("  exact" if said == typed else "  wrong")
+        verdict = "" if name == "you typed" else ("  exact" if said == typed else "  wrong")
         out.print(f"{name:>10}: {said.decode('utf-8', 'backslashreplace')!r}{verdict}", markup=False, highlight=False)
 
 

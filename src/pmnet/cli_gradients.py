@@ -25,6 +25,7 @@ from pmnet.report.provenance import provenance, write_json
 from pmnet.train.recipes import demo, demo_model
 
 out = Console(markup=False)
+NORMS = (("median", "median"), ("99 %", "p99"), ("max", "max"))
 
 Save = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON file and the PNG.")]
 Models = Annotated[str, typer.Option(help="pmnet and controls of its size, separated by commas.")]
@@ -67,15 +68,16 @@ def training_command(
     """Gradient norms of the first steps of copy-paste without clipping, over length, rate, scale and the factor."""
     facts = provenance() | {"seeds": seeds, "steps": steps}
     found: list[dict[str, Any]] = []
-    numbers = _numbers("--lengths", lengths), _numbers("--rates", rates), _numbers("--scales", scales)
+    numbers = _numbers("--lengths", lengths, 1), _numbers("--rates", rates), _numbers("--scales", scales)
     for name, trial in _trials(models.split(","), *numbers, steps):
         started = time.monotonic()
         told = summary([run(control(name, demo_model()), replace(trial, seed=seed)) for seed in range(seeds)])
         settings = {key: value for key, value in asdict(trial).items() if key != "seed"}
         found.append({"name": name, **settings, **told, "seconds": time.monotonic() - started})
-        out.print(f"{name} T={trial.total} rate={trial.rate:g} scale={trial.scale:g} factor={trial.factor}: "
-                  f"median {told['median']:.3g}, 99 % {told['p99']:.3g}, max {told['max']:.3g}, "
-                  f"{told['diverged']} of {told['runs']} diverged", highlight=False)  # fmt: skip
+        parts = [f"{title} {told[key]:.3g}" for title, key in NORMS if told[key] is not None]
+        parts.append(f"{told['diverged']} of {told['runs']} diverged")
+        setting = f"{name} T={trial.total} rate={trial.rate:g} scale={trial.scale:g} factor={trial.factor}"
+        out.print(f"{setting}: {', '.join(parts)}", highlight=False)
         write_json(save / "training.json", facts | {"trials": found})
     plot_training(found, save / "training.png")
 
@@ -93,7 +95,7 @@ def precision_command(
         "published form, float32": (_published(), 10**9),
         "bfloat16 state": (half, 10**5),
     }
-    errors = state_errors(forms, [int(n) for n in _numbers("--lengths", lengths)], 4, 8, seeds)
+    errors = state_errors(forms, [int(n) for n in _numbers("--lengths", lengths, 1)], 4, 8, seeds)
     for row in errors:
         out.print(f"{row['form']}, {row['length']:,}: rms {row['rms']:.2e} rad, max {row['max']:.2e}", highlight=False)
     recipe = replace(demo(8), steps=steps, batch_size=4, length=128)
@@ -187,11 +189,12 @@ def _published() -> Callable[[torch.Tensor], torch.Tensor]:
     return states
 
 
-def _numbers(option: str, text: str) -> list[float]:
+def _numbers(option: str, text: str, least: float = 0.0) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not min(found) > 0 or math.inf in found:
-        raise ValueError(f"{option} needs numbers above 0, separated by commas, not {text!r}")
+    if not found or not all(max(least, 0) <= number < math.inf and number for number in found):
+        wanted = f"of {least:g} or more" if least else "above 0"
+        raise ValueError(f"{option} needs numbers {wanted}, separated by commas, not {text!r}")
     return found

@@ -13,7 +13,7 @@ from pmnet.baselines import CONTROLS, control, load_any
 from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
-from pmnet.model.tokenizer import COPY
+from pmnet.model.tokenizer import COPY, first_id
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import exclusive, starting_point
@@ -157,7 +157,10 @@ def _changed(recipe: Recipe, window: int | None, phase_bits: int | None) -> Reci
 
 def _byte_task(data: list[Path], recipe: Recipe, workers: int, processes: int) -> ByteTask:
     given = (open_files(data), recipe.length, recipe.batch_size, recipe.seed)
-    windows = ContiguousWindows(*given, processes, recipe.piece) if recipe.carry else RandomWindows(*given)
+    first = first_id(recipe.model)
+    if recipe.carry:
+        return ByteTask(ContiguousWindows(*given, processes, recipe.piece, first), workers, processes)
+    windows = RandomWindows(*given, first)
     return ByteTask(windows, workers, processes)
 
 

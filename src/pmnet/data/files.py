@@ -36,9 +36,12 @@ class ByteFiles:
 
     @property
     def digest(self) -> str:
-        """Of the names and sizes, wherever the folders are."""
-        text = "\n".join(f"{path.name} {size}" for path, size in zip(self.paths, self.sizes, strict=True))
-        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        """Of names, sizes, and the first and last KiB of every file, wherever the folders are."""
+        digest = hashlib.sha256()
+        for file, (path, size) in enumerate(zip(self.paths, self.sizes, strict=True)):
+            digest.update(f"{path.name} {size}\n".encode("utf-8", "surrogateescape"))
+            digest.update(self.read(file, 0, min(size, 1024)) + self.read(file, max(0, size - 1024), size))
+        return digest.hexdigest()
 
     def read(self, file: int, start: int, stop: int) -> bytes:
         """Bytes `[start, stop)` of one file.
@@ -58,7 +61,7 @@ def open_files(paths: list[Path]) -> ByteFiles:
     """Collect files, and the files below folders (hidden ones excepted), in sorted order.
 
     Raises:
-        FileNotFoundError: if a path does not exist.
+        FileNotFoundError: if a path does not exist, or a link in a folder leads nowhere.
         ValueError: if a named file, or everything together, is empty.
         PermissionError: if a file or a folder cannot be read.
     """
@@ -66,7 +69,10 @@ def open_files(paths: list[Path]) -> ByteFiles:
     for path in paths:
         if path.is_dir():
             shown = (p for p in _below(path) if not any(part.startswith(".") for part in p.relative_to(path).parts))
-            found += sorted(p for p in shown if p.is_file())
+            for file in sorted(shown):
+                if not file.exists():
+                    raise FileNotFoundError(f"{file} is a link to nothing")
+                found += [file] if file.is_file() else []
         elif path.is_file():
             if path.stat().st_size == 0:
                 raise ValueError(f"{path} is empty")
@@ -84,10 +90,13 @@ def open_files(paths: list[Path]) -> ByteFiles:
 
 def _below(folder: Path) -> Iterator[Path]:
     """Files in a folder and the folders in it, linked ones included, each folder once."""
-    seen = set()
+    seen = {os.path.realpath(folder)}
     for inside, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        seen.add(os.path.realpath(inside))
-        folders[:] = [name for name in sorted(folders) if os.path.realpath(os.path.join(inside, name)) not in seen]
+        fresh: dict[str, str] = {}
+        for name in sorted(folders):
+            fresh.setdefault(os.path.realpath(os.path.join(inside, name)), name)
+        folders[:] = [name for place, name in fresh.items() if place not in seen]
+        seen |= set(fresh)
         yield from (Path(inside) / name for name in names)
 
 
@@ -106,10 +115,11 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
         length: T.
         batch_size: B.
         seed: of the draw.
+        first: id that a document begins with.
     """
 
-    def __init__(self, files: ByteFiles, length: int, batch_size: int, seed: int):
-        self.files, self.length, self.batch_size, self.seed = files, length, batch_size, seed
+    def __init__(self, files: ByteFiles, length: int, batch_size: int, seed: int, first: int = BOS):
+        self.files, self.length, self.batch_size, self.seed, self.first = files, length, batch_size, seed, first
         starts = np.array([max(1, size - length + 1) for size in files.sizes], dtype=np.float64)
         self.weights = starts / starts.sum()
 
@@ -123,7 +133,7 @@ class RandomWindows(Dataset[dict[str, Tensor]]):
             start = int(random.integers(0, max(1, size - self.length + 1)))
             data = self.files.read(int(file), start, min(size, start + self.length))
             text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-            before = BOS if start == 0 else self.files.read(int(file), start - 1, start)[0]
+            before = self.first if start == 0 else self.files.read(int(file), start - 1, start)[0]
             ids[row, 0] = before
             ids[row, 1 : len(text)] = text[:-1]
             labels[row, : len(text)] = text

@@ -29,6 +29,7 @@ class ContiguousWindows(Dataset[dict[str, Tensor]]):
         seed: of the order of documents.
         processes: how many share the lanes; batch `i` is for process `i % processes`.
         piece: bytes that are read in one go; None reads whole documents.
+        first: id that a document begins with.
 
     Raises:
         ValueError: if there are fewer windows than rows, or a piece is shorter than a window.
@@ -42,10 +43,12 @@ class ContiguousWindows(Dataset[dict[str, Tensor]]):
         seed: int,
         processes: int = 1,
         piece: int | None = None,
+        first: int = BOS,
     ):
         if piece is not None and piece < length:
             raise ValueError(f"pieces of {piece:,} bytes are shorter than windows of {length:,}")
-        self.files, self.length, self.batch_size, self.seed, self.processes = files, length, batch_size, seed, processes
+        self.files, self.length, self.batch_size, self.seed = files, length, batch_size, seed
+        self.processes, self.first = processes, first
         sizes = np.array(files.sizes)
         longest = sizes if piece is None else np.full_like(sizes, piece)
         self.file = np.repeat(np.arange(len(sizes)), -(-sizes // longest))  # of every piece
@@ -78,7 +81,7 @@ class ContiguousWindows(Dataset[dict[str, Tensor]]):
             start, stop = first + inside, first + min(size, inside + self.length)
             data = self.files.read(file, max(0, start - 1), stop)
             text = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()
-            seen = text[:-1] if start else torch.cat([text.new_tensor([BOS]), text[:-1]])
+            seen = text[:-1] if start else torch.cat([text.new_tensor([self.first]), text[:-1]])
             ids[row, : len(seen)] = seen
             labels[row, : len(seen)] = text[-len(seen) :]
             restart[row] = inside == 0 or step == 0

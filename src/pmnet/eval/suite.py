@@ -13,6 +13,7 @@ from pmnet.eval.ablate import recurrence_off
 from pmnet.eval.retrieval import Score, measure
 from pmnet.model import PMNetForCausalLM
 
+WITHOUT_DEPTH = ("keys", "variables")  # needles that fill the text, or stand anywhere
 CONTROL = 64  # greatest distance, in multiples of the reach, at which the memory is also switched off
 
 
@@ -88,22 +89,29 @@ def grid(
         rounds: strings of an episode, the last of which is scored (copy-paste).
 
     Returns:
-        Cells, distances innermost. One-byte recall of more than 255 pairs is left out.
+        Cells, distances innermost. One-byte recall of more than 255 pairs is left out, and needles that have no depth
+        are measured once.
 
     Raises:
-        ValueError: if the task, a variant or a distance means nothing.
+        ValueError: if the task, a variant or a distance means nothing, or the task has none.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     if rounds > 1 and task != "copy-paste":
         raise ValueError(f"several rounds are for copy-paste, not for {task}")
-    plan, filler = TASKS[task], Filler("text", text=None if text is None else text_of(text))
+    plan = TASKS[task]
+    if distances and plan.distances == ("0",):
+        raise ValueError(f"{task} has no distances")
+    if set(variants) - set(plan.variants) and plan.variants == ("blank",):
+        raise ValueError(f"{task} has no variants")
+    filler = Filler("text", text=None if text is None else text_of(text))
     cells = []
     for variant in variants or plan.variants:
         for size in sizes or plan.sizes:
             if task == "recall" and variant == "1" and size > 255:
                 continue
-            for distance in sorted({_distance(part, reach) for part in distances or plan.distances}):
+            places = sorted({_distance(part, reach) for part in distances or plan.distances})
+            for distance in places[:1] if variant in WITHOUT_DEPTH else places:
                 if task == "copy-paste" and distance != round(distance):
                     raise ValueError(f"filler is of whole bytes, not {distance}")
                 problem = plan.build(size, variant, distance, filler)

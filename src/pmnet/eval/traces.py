@@ -41,7 +41,7 @@ def traced(model: PMNetForCausalLM) -> Iterator[list[Trace]]:
         hidden, geometry = inputs
         query = module.proj_q(module.norm(hidden)).unflatten(-1, (module.heads, module.size))
         weight, bias = (tensor.chunk(2)[0] for tensor in (module.proj_kv.weight, module.proj_kv.bias))
-        keys = nn.functional.linear(geometry, weight, bias).unflatten(-1, (module.heads, module.size))
+        keys = nn.functional.linear(geometry.to(weight.dtype), weight, bias).unflatten(-1, (module.heads, module.size))
         found[-1][1].append(address(query, keys).argmax(2))
 
     hooks = [

@@ -15,7 +15,7 @@ _OWN_IDS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 
 def first_id(config: PreTrainedConfig) -> int:
     """What a document begins with: the model's own BOS, which published checkpoints have at 254."""
-    found: int | None = config.bos_token_id
+    found: int | None = getattr(config, "bos_token_id", None)
     return BOS if found is None else found
 
 

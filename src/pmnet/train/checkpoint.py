@@ -41,7 +41,7 @@ def save_checkpoint(
         model, optimizers: what to save.
         schedules: JSON-able state of the learning-rate schedule of each optimizer.
         facts: JSON-able rest (task state, plan).
-        state: of the model, where it is carried from batch to batch.
+        state: of the model, where it is carried from batch to batch; empty before the first.
         keep: checkpoints to keep.
 
     Returns:
@@ -58,12 +58,13 @@ def save_checkpoint(
             for index, moments in optimizer.state_dict()["state"].items():
                 tensors |= {f"{number}.{index}.{name}": value for name, value in moments.items()}
         for name, found in (("optimizer", tensors), ("state", state)):
-            if found:
+            if found is not None:
                 plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in found.items()}
                 save_file(plain, partial / f"{name}.safetensors")
         text = json.dumps({"step": step, "schedules": schedules} | facts, indent=1)
         (partial / "trainer.json").write_text(text)
-    for _, old in _complete(run)[:-keep]:
+    left = (run / "checkpoints").glob("*.partial")  # of a process that was killed
+    for old in (*left, *(folder for _, folder in _complete(run)[:-keep])):
         shutil.rmtree(old, ignore_errors=True)
     return target
 
@@ -114,9 +115,10 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
     found = latest_checkpoint(run)
     if found is not None and not resume:
         raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
-    for model in (run / "model", run):
-        if found is None and not resume and (model / "model.safetensors").exists():
-            raise FileExistsError(f"{model} is a model, which a run in {run} would overwrite; choose another folder")
+    if found is None and not resume:
+        for there in (run / "model", run / "model.safetensors", run / "config.json"):
+            if there.exists() and not (there.name == "config.json" and "recipe" in _content(there)):
+                raise FileExistsError(f"{there} is there, which a run in {run} would overwrite; choose another folder")
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
     facts = plan if found is None else _facts(found)
@@ -125,6 +127,15 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
             name = _difference(part, facts.get(part), value)
             raise ValueError(f"{found} was trained with another {name}; resume with the same options")
     return found
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if it is anything else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _difference(name: str, there: Any, here: Any) -> str:

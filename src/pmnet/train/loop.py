@@ -49,7 +49,8 @@ def train(
     Args:
         recipe: how.
         task: on what.
-        run: run folder; receives `checkpoints/`, `metrics.jsonl`, `tensorboard/` and finally `model/`.
+        run: run folder; receives `checkpoints/`, `metrics.jsonl` (`bytes` counts positions, padding included),
+            `tensorboard/` and finally `model/`.
         resume: continue from the newest checkpoint of `run`.
         started: called on the main process before the first step, when the checkpoint, if any, has been accepted.
 
@@ -74,14 +75,14 @@ def train(
     model.to(accelerator.device)
     carry = _carry(recipe, model, accelerator, found)
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
-    objective: Objective = torch.compile(loss_of, fullgraph=True, dynamic=False) if recipe.compile else loss_of
+    objective: Objective = torch.compile(loss_of, fullgraph=True) if recipe.compile else loss_of
     objective = quieted(objective, recipe.quiet) if recipe.quiet else objective
 
     def checkpoint(step: int) -> None:
         accelerator.wait_for_everyone()
         if not all(parameter.isfinite().all() for parameter in model.parameters()):
             raise TrainingStopped(f"step {step} left weights that are not finite; {_last_good(run)}")
-        state = {} if carry is None else {name: accelerator.gather(part) for name, part in carry.state().items()}
+        state = None if carry is None else {name: accelerator.gather(part) for name, part in carry.state().items()}
         if accelerator.is_main_process:
             facts = plan | {"task": task.state(), "bytes": seen}
             states = [_without(schedule.state_dict(), "lr_lambdas") for schedule in schedules]
@@ -101,13 +102,14 @@ def train(
                 for name, number in numbers.items():
                     if not math.isfinite(number):
                         raise TrainingStopped(f"the {name} of step {step} is {number}; {_last_good(run)}")
+                rate = schedules[0].get_last_lr()[0]
                 for optimizer, schedule in zip(prepared_optimizers, schedules, strict=True):
                     optimizer.step()
                     optimizer.zero_grad()
                     schedule.step()
                 task.observe(numbers["correct"])
                 seen += batch["input_ids"].numel() * accelerator.num_processes
-                row = {"step": step, **numbers, "rate": schedules[0].get_last_lr()[0], "bytes": seen}
+                row = {"step": step, **numbers, "rate": rate, "bytes": seen}
                 reporter.step(row | task.state())
                 stop = _anywhere(accelerator, bool(received))
                 if stop or _anywhere(accelerator, time.monotonic() - saved > recipe.checkpoint_seconds):
@@ -268,14 +270,19 @@ def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.op
 
 @contextmanager
 def _signals() -> Iterator[list[str]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one of them acts at once."""
+    """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one of them acts at once.
+
+    A signal that was ignored (as by `nohup`) stays so.
+    """
     received: list[str] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
         signal.signal(number, previous[number])
 
-    previous: dict[int, Any] = {int(name): signal.signal(name, note) for name in (signal.SIGINT, signal.SIGTERM)}
+    wanted = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in wanted if signal.getsignal(number) is not signal.SIG_IGN]
+    previous: dict[int, Any] = {int(number): signal.signal(number, note) for number in heard}
     try:
         yield received
     finally:

@@ -71,17 +71,20 @@ class Reporter:
                 self.file.flush()
             except OSError as error:
                 raise OSError(f"cannot write {self.path}: {error}") from error
-            for name, value in row.items():
-                if isinstance(value, int | float) and name != "step":
-                    self.board.add_scalar(f"train/{name}", value, step)
+            with suppress(OSError):  # metrics.jsonl has the same
+                for name, value in row.items():
+                    if isinstance(value, int | float) and name != "step":
+                        self.board.add_scalar(f"train/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close everything."""
         if not self.enabled:
             return
         self.progress.stop()
-        self.file.close()
-        self.board.close()
+        with suppress(OSError):  # a disk that is full has been reported, or nothing was lost
+            self.file.close()
+        with suppress(OSError):
+            self.board.close()
 
 
 def _lines(path: Path, done: int) -> list[str]:

@@ -87,6 +87,8 @@ class Recipe:
             raise ValueError("piece is for reading in order: it needs carry")
         if self.rounds > 1 and not self.finish:
             raise ValueError("several rounds are for a model that knows the task: they need finish")
+        if self.carry and self.compile:
+            raise ValueError("a step traced with torch.compile (compile) reads windows without a carried state (carry)")
         if self.quiet and self.compile:
             raise ValueError("a loss on the rotations of filler (quiet) is not for a step traced with torch.compile")
 

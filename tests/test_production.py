@@ -1,0 +1,191 @@
+"""What goes wrong around a training or a measurement: other people's files, full disks, links, signals, odd grids."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pmnet.atomic import replacing
+from pmnet.baselines import LSTMConfig, LSTMForCausalLM
+from pmnet.data.files import RandomWindows, open_files
+from pmnet.data.streams import ContiguousWindows
+from pmnet.eval.suite import grid
+from pmnet.train.ladders import build_ladder
+from pmnet.train.loop import TrainingInterrupted, build_schedule, train
+from pmnet.train.progress import Reporter
+from pmnet.train.recipes import RECIPES
+from tests.conftest import run_cli, small_model
+from tests.test_cli import fails
+
+
+@pytest.fixture
+def books(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in "abc":
+        (folder / name).write_bytes(f"{name}: it was a dark and stormy night. ".encode() * 60)
+    return folder
+
+
+def test_a_run_overwrites_nothing_that_is_not_its_own(tmp_path):
+    for name, inside in (("code", "model/net.py"), ("settings", "config.json")):
+        file = tmp_path / name / inside
+        file.parent.mkdir(parents=True)
+        file.write_text('{"mine": 1}')
+        short = ["--steps", "1", "--batch-size", "1", "--size", "1", "--out", tmp_path / name]
+        fails(["train", "copy-paste", *short], "would overwrite", inside.split("/")[0])
+        assert file.read_text() == '{"mine": 1}'
+
+
+def test_practice_beside_a_carried_state_resumes_after_the_first_step(books, tmp_path, monkeypatch):
+    command = ["train", "--data", books, "--preset", "demo", "--batch-size", 3, "--length", 32, "--practice", 2,
+               "--steps", 3]  # fmt: skip
+    command = list(map(str, command))
+    original = Reporter.step
+
+    def stopped(self, row, *arguments):
+        original(self, row, *arguments)
+        if row["step"] == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "step", stopped)
+        assert run_cli([*command, "--out", str(tmp_path / "cut")])[0] == 130
+    assert run_cli([*command, "--out", str(tmp_path / "cut"), "--resume"])[0] == 0
+    assert run_cli([*command, "--out", str(tmp_path / "whole")])[0] == 0
+    weights = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("cut", "whole")]
+    assert weights[0] == weights[1]
+
+
+def test_hanging_up_leaves_a_checkpoint_and_rates_are_those_of_their_step(tmp_path, monkeypatch):
+    plan = replace(RECIPES["copy-paste"]["demo"](), steps=9, batch_size=1, warmup=5)
+    original, rates = Reporter.step, {}
+
+    def hung_up(self, row, *arguments):
+        original(self, row, *arguments)
+        rates[row["step"]] = row["rate"]
+        if row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGHUP)
+
+    monkeypatch.setattr(Reporter, "step", hung_up)
+    with pytest.raises(TrainingInterrupted, match="SIGHUP after step 2"):
+        train(plan, build_ladder("copy-paste", plan), tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "step-2" / "trainer.json").exists()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=plan.learning_rate)
+    schedule = build_schedule(optimizer, plan)
+    for step in (1, 2):
+        assert rates[step] == optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        schedule.step()
+
+
+def test_a_compiled_ladder_does_not_compile_for_every_stage(tmp_path, monkeypatch):
+    graphs, compiled = [], torch.compile
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda function, **options: compiled(function, backend=counting, **options))
+        plan = replace(RECIPES["copy-paste"]["demo"](), steps=40, batch_size=2, compile=True)
+        train(plan, build_ladder("copy-paste", plan), tmp_path / "run")
+    torch._dynamo.reset()
+    assert 1 < len(graphs) <= 8
+    with pytest.raises(ValueError, match="without a carried state"):
+        replace(RECIPES["lm"]["tiny"](), compile=True)
+
+
+def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch):
+    target, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "old").write_text("old")
+
+    def write():
+        with replacing(target) as partial:
+            partial.mkdir()
+            (partial / "new").write_text("new")
+
+    rename = os.replace
+
+    def full(source, place):
+        if str(source).endswith(".partial"):
+            raise OSError(28, "No space left on device")
+        rename(source, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(OSError, match=r"could not write .*model: .*No space left"):
+            write()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (target / "old").read_text() == "old"
+    write()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    target.rename(elsewhere)
+    target.symlink_to(elsewhere)
+    write()
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
+
+
+def test_linked_folders_are_read_once_and_dangling_links_are_named(books, tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "data" / name).symlink_to(books)
+    assert len(open_files([tmp_path / "data"]).paths) == 3
+    (tmp_path / "data" / "gone").symlink_to(tmp_path / "unmounted" / "book")
+    with pytest.raises(FileNotFoundError, match="gone is a link to nothing"):
+        open_files([tmp_path / "data"])
+
+
+def test_other_contents_of_the_same_size_are_another_set_of_files(books):
+    before = open_files([books]).digest
+    text = (books / "b").read_bytes()
+    (books / "b").write_bytes(text[:-1] + b"!")
+    assert open_files([books]).digest != before
+    (books / "b").write_bytes(text)
+    assert open_files([books]).digest == before
+
+
+def test_documents_begin_with_the_bos_of_the_model(books):
+    files = open_files([books])
+    for first in (254, 257):
+        windows = ContiguousWindows(files, 64, 2, 0, first=first)
+        ids = torch.cat([windows.batch(index)["input_ids"] for index in range(windows.steps)])
+        assert int((ids == first).sum()) == 3
+        ids = RandomWindows(files, 5000, 8, 0, first).batch(0)["input_ids"]
+        assert (ids[:, 0] == first).all()
+
+
+def test_models_in_half_precision_and_without_a_bos_are_measured(books, tmp_path):
+    small_model("deep").bfloat16().save_pretrained(tmp_path / "half")
+    LSTMForCausalLM(LSTMConfig(hidden_size=8)).save_pretrained(tmp_path / "lstm")
+    common = ["--data", str(books), "--length", "200"]
+    assert run_cli(["eval", "longcontext", str(tmp_path / "half"), *common])[0] == 0
+    assert run_cli(["eval", "longcontext", str(tmp_path / "lstm"), *common, "--reset", "33"])[0] == 0
+
+
+def test_grids_have_no_distances_that_are_not_measured():
+    with pytest.raises(ValueError, match="recall has no distances"):
+        grid("recall", 15, distances=["1", "1000"])
+    with pytest.raises(ValueError, match="selective-copy has no variants"):
+        grid("selective-copy", 15, variants=["random"])
+    cells = grid("needle", 15, [1024], ["number", "keys", "variables"])
+    assert [cell.variant for cell in cells] == ["number"] * 10 + ["keys", "variables"]
+
+
+def test_a_single_letter_is_told_to_be_exact(tmp_path, monkeypatch):
+    model = small_model("deep")
+    model.config.task_specific_params = {"copy-paste": {"size": 4}}
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("pmnet.cli_demo.answer", lambda *_: b"x")
+    code, printed = run_cli(["demo", str(tmp_path / "model"), "--string", "x", "--seconds", "0", "--least", "0"])
+    assert code == 0
+    assert printed.count("exact") == 2
+
+
+def test_odd_numbers_are_named():
+    for option, value in (("--lengths", "inf"), ("--lengths", "0.5"), ("--lengths", "abc"), ("--rates", "0,1")):
+        fails(["eval", "gradients", "training", option, value], option, repr(value))
