@@ -30,6 +30,7 @@ def page(root: Path) -> str:
                 _cells(folder.glob("**/copy-paste.json")),
             )
         ),
+        *_rounds("One string after another in the same state", sorted(root.glob("rounds/*/*/copy-paste.json"))),
         *_section("A million bytes: demo preset, seed 0", _cells(root.glob("demo/million/copy-paste.json"))),
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
         *_runs("Controls: about equal parameters, as many batches", sorted(root.glob("controls/*")), "model"),
@@ -58,6 +59,17 @@ def _section(title: str, cells: list[Json]) -> list[str]:
     ]  # fmt: skip
     heads = ["filler", "letters", "distance", "x reach", "strings", "exact", "95 %", "bytes right", "memory off: exact"]
     return [f"## {title}", table(heads, rows)]
+
+
+def _rounds(title: str, paths: list[Path]) -> list[str]:
+    """The last of several strings, per model (the folder above), place and length."""
+    rows = [
+        [path.parent.parent.name, str(stored["rounds"]), str(c["size"]), f"{c['distance']:,.12g}", f"{c['strings']:,}",
+         _percent(c["exact"]), f"{_percent(c['low'])} to {_percent(c['high'])}", _percent(c["letters"])]
+        for path in paths for stored in [load(path)] for c in stored["cells"]
+    ]  # fmt: skip
+    heads = ["model", "string", "letters", "distance", "strings", "exact", "95 %", "bytes right"]
+    return [f"## {title}", table(heads, rows)] if rows else []
 
 
 def _seeds(title: str, folders: list[Path]) -> list[str]:
