@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pmnet.atomic import replacing
 from pmnet.baselines import LSTMConfig, LSTMForCausalLM
@@ -189,3 +190,14 @@ def test_a_single_letter_is_told_to_be_exact(tmp_path, monkeypatch):
 def test_odd_numbers_are_named():
     for option, value in (("--lengths", "inf"), ("--lengths", "0.5"), ("--lengths", "abc"), ("--rates", "0,1")):
         fails(["eval", "gradients", "training", option, value], option, repr(value))
+
+
+def test_a_checkpoint_without_an_untied_head_is_incomplete(tmp_path):
+    plan = replace(RECIPES["copy-paste"]["demo"](), steps=1, batch_size=1)
+    plan.model.tie_word_embeddings = False
+    train(plan, build_ladder("copy-paste", plan), tmp_path / "run")
+    file = tmp_path / "run" / "checkpoints" / "step-1" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights missing"):
+        train(plan, build_ladder("copy-paste", plan), tmp_path / "run", resume=True)

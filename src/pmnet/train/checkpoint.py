@@ -192,7 +192,8 @@ def load_checkpoint(
     except (ValueError, IndexError) as error:
         raise ValueError(f"checkpoint {folder} is of another optimizer: {name} does not fit") from error
     expected = [sum(len(group["params"]) for group in optimizer.param_groups) for optimizer in optimizers]
-    missing = set(own) - set(weights) - set(model.all_tied_weights_keys)
+    there = {own[name].data_ptr() for name in weights}  # a tied weight is stored once
+    missing = [name for name, tensor in own.items() if tensor.data_ptr() not in there]
     if missing or any(len(found) not in (0, count) for found, count in zip(moments, expected, strict=True)):
         found = sum(map(len, moments))
         raise ValueError(f"checkpoint {folder} is incomplete: {len(missing)} weights missing, {found} moments")
