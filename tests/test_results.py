@@ -200,6 +200,28 @@ def test_the_million_bytes_of_the_readme_are_stored():
     assert quoted in told("README.md")
 
 
+def test_the_strings_in_one_state_are_stored():
+    root, text = ROOT / "results" / "retrieval" / "rounds", (ROOT / "docs" / "retrieval.md").read_text()
+    places = {"first": 1, "second": 2, "third": 3, "fourth": 4, "sixth": 6, "eighth": 8}
+    rows = re.findall(r"^\| (\w+) \| ([\d.]+) % \| ([\d.]+) % \| ([\d.]+) % \|$", text, re.M)
+    found = {name: figures for name, *figures in rows if name in places}
+    assert found.keys() == places.keys()
+    exact = {}
+    for name, place in places.items():
+        stored = json.loads((root / "trained" / str(place) / "copy-paste.json").read_text())
+        assert stored["rounds"] == place
+        assert [cell["size"] for cell in stored["cells"]] == [1, 4, 8]
+        exact[place] = [f"{100 * cell['exact']:.1f}" for cell in stored["cells"]]
+        assert found[name] == exact[place]
+    far = [json.loads((root / "trained" / f"{n}-far" / "copy-paste.json").read_text())["cells"] for n in (1, 2, 4)]
+    first, second, fourth = (f"{100 * cell['exact']:.1f} %" for (cell,) in far)
+    assert f"{first} of first, {second} of second and {fourth} of fourth ones are" in told("docs/retrieval.md")
+    box = json.loads((root / "box" / "2" / "copy-paste.json").read_text())
+    assert all(cell["exact"] == 0 and cell["strings"] == 512 for cell in box["cells"] if cell["size"] >= 8)
+    quoted = "the same model gives back {} % of second strings of 8, {} % of third ones and {} % of fourth ones"
+    assert quoted.format(*(exact[n][2] for n in (2, 3, 4))) in told("README.md")
+
+
 def test_the_phase_bits_are_stored():
     root = ROOT / "results" / "retrieval"
     folders = [root / "demo" / "seed-0", *(root / "phase-bits").iterdir()]
