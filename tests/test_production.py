@@ -103,6 +103,8 @@ def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch)
     target, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
     target.mkdir()
     (target / "old").write_text("old")
+    kept = tmp_path / "model.old"  # somebody's own
+    kept.mkdir()
 
     def write():
         with replacing(target) as partial:
@@ -120,7 +122,7 @@ def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch)
         patch.setattr(os, "replace", full)
         with pytest.raises(OSError, match=r"could not write .*model: .*No space left"):
             write()
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old"]
     assert (target / "old").read_text() == "old"
     write()
     assert [path.name for path in target.iterdir()] == ["new"]
@@ -128,7 +130,7 @@ def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch)
     target.symlink_to(elsewhere)
     write()
     assert [path.name for path in target.iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model", "model.old"]
 
 
 def test_linked_folders_are_read_once_and_dangling_links_are_named(books, tmp_path):

@@ -16,7 +16,7 @@ def replacing(target: Path) -> Iterator[Path]:
     Raises:
         OSError: if the disk is full or not writable; what was there before is then untouched.
     """
-    partial, aside = (target.with_name(target.name + end) for end in (".partial", ".old"))
+    partial, aside = (target.with_name(target.name + end) for end in (".partial", ".partial-old"))
     _remove(partial)
     try:
         yield partial
