@@ -105,9 +105,7 @@ class Weights:
         sizes = _sizes(values)
         self.layers = [_pointers_of(layer, *sizes) for layer in layers]
         _check(anchors, Anchors)
-        levels = [
-            str(level) for level in range(config.num_levels)
-        ]  # other names: a parametrization keeps them elsewhere
+        levels = [str(level) for level in range(config.num_levels)]  # pruning gives parameters other names
         if list(anchors._parameters) != levels:
             raise _Unusual
         self.anchors = [_float(anchors._parameters[name], prod(config.memory_shape(int(name)))) for name in levels]

@@ -194,7 +194,7 @@ def _numbers(option: str, text: str, least: float = 0.0) -> list[float]:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(max(least, 0) <= number < math.inf and number for number in found):
+    if not found or not all(least <= number < math.inf and number for number in found):
         wanted = f"of {least:g} or more" if least else "above 0"
         raise ValueError(f"{option} needs numbers {wanted}, separated by commas, not {text!r}")
     return found

@@ -87,8 +87,6 @@ def train_command(
         raise ValueError("--size is for tasks, not for lm")
     if recipe.quiet and (task != "copy-paste" or getattr(recipe.model, "num_levels", 1) < 2):
         raise ValueError(f"--quiet is for copy-paste and a PMNet of several levels, not for {architecture} on {task}")
-    if recipe.rounds > 1 and task != "copy-paste":
-        raise ValueError(f"--rounds is for copy-paste, not for {task}")
     if task != "lm" and data:
         raise ValueError(f"--data is for lm, {task} makes its own")
     if task != "lm" and (carry, length, piece, practice, workers) != (None, None, None, None, 0):
