@@ -104,7 +104,7 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
         plan: JSON-able values, by name, that the checkpoint must have been made with (`Recipe.plan`).
 
     Raises:
-        FileExistsError: if `run` holds checkpoints or a model and `resume` is False.
+        FileExistsError: if `run` holds checkpoints, a model or settings of something else, and `resume` is False.
         ValueError: if `resume` is True and there are none, or if the newest is damaged or was made by another plan; if
             the name of `run` is not UTF-8, which weights cannot be stored under.
     """
@@ -117,7 +117,7 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
         raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
     if found is None and not resume:
         for there in (run / "model", run / "model.safetensors", run / "config.json"):
-            if there.exists() and not (there.name == "config.json" and "recipe" in _content(there)):
+            if there.exists() and not (there.name == "config.json" and _is_record(there)):
                 raise FileExistsError(f"{there} is there, which a run in {run} would overwrite; choose another folder")
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
@@ -129,13 +129,12 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
     return found
 
 
-def _content(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if it is anything else."""
+def _is_record(path: Path) -> bool:
+    """Whether a file is the record that a run keeps of itself."""
     try:
-        found = json.loads(path.read_text())
+        return "recipe" in _object(path)
     except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return False
 
 
 def _difference(name: str, there: Any, here: Any) -> str:
@@ -154,12 +153,16 @@ def latest_checkpoint(run: Path) -> Path | None:
 
 def _facts(checkpoint: Path) -> dict[str, Any]:
     try:
-        facts = json.loads((checkpoint / "trainer.json").read_text())
+        return _object(checkpoint / "trainer.json")
     except (OSError, ValueError) as error:
         raise ValueError(f"checkpoint {checkpoint} is damaged: {error}") from error
-    if not isinstance(facts, dict):
-        raise ValueError(f"checkpoint {checkpoint} is damaged: trainer.json holds no object")
-    return facts
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} holds no object")
+    return found
 
 
 def load_checkpoint(
