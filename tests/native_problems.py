@@ -41,7 +41,8 @@ def plain_attention(query, keys, values, span, scaling):
     group, past = heads // keys.shape[2], keys.shape[1] - length
     keys, values = keys.repeat_interleave(group, 2), values.repeat_interleave(group, 2)
     scores = torch.einsum("bthe,bjhe->bhtj", query, keys) * scaling
-    back = torch.arange(length).unsqueeze(1) + past - torch.arange(length + past)
+    count = torch.arange(length + past, device=query.device)
+    back = count[:length].unsqueeze(1) + past - count
     seen = (back >= 0) & (back < span.expand(batch, -1).unsqueeze(-1))
     weights = scores.masked_fill(~seen.unsqueeze(1), -math.inf).softmax(-1)
     return torch.einsum("bhtj,bjhe->bthe", weights, values)

@@ -16,14 +16,17 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pmnet.ops import phase_scan, to_turns
+from pmnet.ops import phase_scan, to_radians, to_turns
 from pmnet.ops.scan import plan_segments
-from pmnet.ops.triton.read import read_backward, read_forward
-from pmnet.ops.triton.scan import write_gradient, write_states
+from pmnet.ops.triton.read import read_forward
+from pmnet.ops.triton.read_gradient import read_backward
+from pmnet.ops.triton.scan import write_states
+from pmnet.ops.triton.scan_gradient import write_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HALF = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
 WRITES = [(2, 63, 4, 3, 11), (2, 1, 1, 4, 16), (1, 17, 5, 2, 40)]  # B, T, G, N, M
+LONG = [((1, 300, groups, 2, 5), groups == 3) for groups in (1, 3, 150)]  # more than two programs' places
 READS = [(2, 63, 3, 11, 3), (1, 1, 4, 16, 2), (1, 17, 4, 40, 4), (1, 9, 2, 150, 1)]  # B, T, N, M, R
 
 
@@ -58,9 +61,14 @@ def assert_same_states(problem, bits):
     valid = torch.ones_like(problem[2], dtype=torch.bool) if problem[5] is None else problem[5]
     got, final = run_write(*problem, bits)
     expected, expected_final = plain_write(*problem, bits)
-    assert got.dtype == final.dtype == torch.int32
-    assert torch.equal(got[valid], expected[valid])
+    assert (got.dtype, final.dtype) == (torch.float32, torch.int32)
+    assert torch.equal(got[valid], to_radians(expected[valid]))
     assert torch.equal(final, expected_final)
+
+
+def assert_equal_writes(one, other):
+    for a, b in zip(run_write(*one, 32), run_write(*other, 32), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -81,11 +89,20 @@ def test_states_of_positions_that_share_no_segment():
 
 
 def test_states_of_large_and_undefined_angles():
-    """Up to 2**53 steps, where products and ties are rounded in the last place; NaN and infinity rotate nothing."""
+    """Up to 2**49 steps (the model's have at most 2**31); NaN, infinity and what is beyond rotate nothing."""
     weights, rotation, segments, state, *_ = write_problem(1, 33, 2, 4, 8, ragged=False)
-    rotation = rotation * torch.logspace(0, 6.5, 8, device=DEVICE)
+    rotation = rotation * torch.logspace(0, 5.5, 8, device=DEVICE)
     rotation[0, 3, 2], rotation[0, 5, 1], rotation[0, 6, 0] = math.nan, math.inf, -math.inf
     assert_same_states((weights, rotation, segments, state, None, None), bits=32)
+    beyond, still = torch.full_like(rotation, 2.0**40), torch.zeros_like(rotation)
+    assert_equal_writes((weights, beyond, segments, state, None, None), (weights, still, segments, state, None, None))
+
+
+def test_states_across_chunks():
+    """A program has 128 places: segments that begin, end and go on between them, for one group and for many."""
+    for groups in (1, 3, 150):
+        for ragged in (False, True):
+            assert_same_states(write_problem(1, 300, groups, 2, 5, ragged), bits=32)
 
 
 def test_states_without_positions():
@@ -124,7 +141,7 @@ def assert_within_budget(names, got, plain, oracle):
         assert error <= 2 * allowed + rounding, f"{name}: {error} > 2 * {allowed} + {rounding}"
 
 
-@pytest.mark.parametrize(("shape", "ragged"), [(WRITES[0], False), (WRITES[0], True), (WRITES[2], True)])
+@pytest.mark.parametrize(("shape", "ragged"), [(WRITES[0], False), (WRITES[0], True), (WRITES[2], True), *LONG])
 @pytest.mark.parametrize("scale_gradient", [True, False])
 def test_write_gradient(shape, ragged, scale_gradient):
     weights, rotation, segments, _, documents, valid = write_problem(*shape, ragged)
@@ -240,10 +257,12 @@ def test_every_launch_compiles_for_a_gpu(tmp_path):
     out = subprocess.run(program, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert out.returncode == 0, out.stderr
     built = json.loads(out.stdout)
-    assert len(built) == 12
+    assert len({launch["kernel"] for launch in built}) == 10
     for launch in built:
         assert launch["shared"] <= 227 * 1024  # bytes that one program can have on a Hopper GPU
-        if launch["kernel"] == "_write_states_kernel":  # every product is rounded before it is added to
+        if launch["kernel"] in ("_write_states_kernel", "_sum_states_kernel"):  # every product is rounded before it is added to
             assert "mul.rn.f64" in launch["ptx"]
             assert "fma" not in launch["ptx"]
-    assert all("wgmma.mma_async" in launch["ptx"] for launch in built[2:4])  # half precision on tensor cores
+    first = {launch["kernel"]: launch["ptx"] for launch in reversed(built)}  # bfloat16
+    for kernel in ("_read_forward_kernel", "_read_backward_kernel", "_forward_kernel", "_key_gradient_kernel"):
+        assert "wgmma.mma_async" in first[kernel]  # half precision on tensor cores

@@ -18,10 +18,13 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
 from pmnet.ops.scan import plan_segments
-from pmnet.ops.triton.read import read_backward, read_forward
-from pmnet.ops.triton.scan import write_gradient, write_states
+from pmnet.ops.triton.attention import attention_backward, attention_forward
+from pmnet.ops.triton.read import read_forward
+from pmnet.ops.triton.read_gradient import read_backward
+from pmnet.ops.triton.scan import write_states
+from pmnet.ops.triton.scan_gradient import write_gradient
 
-SHAPES = {"published": (2, 40, 4, 512, 4), "odd": (1, 1, 3, 11, 3)}  # B, T, N, M, R
+SHAPES = {"published": (2, 300, 4, 512, 4), "odd": (1, 1, 3, 11, 3)}  # B, T, N, M, R
 
 
 def launch_all(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> None:
@@ -40,6 +43,9 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> None
     inputs.append(torch.zeros(heads * size, dtype=dtype))
     mixed, attention = read_forward(*inputs)
     read_backward(mixed, *inputs, attention)
+    query, keys = (torch.zeros(batch, n, heads, size // 8, dtype=dtype) for n in (length, length + 127))
+    out, total = attention_forward(query, keys, keys, 1 + segments, 1.0)
+    attention_backward(query, query, keys, keys, 1 + segments, out, total, 1.0)
 
 
 def compile_launch(kernel: JITFunction, args: tuple, options: dict) -> dict[str, object]:

@@ -72,10 +72,11 @@ def direct(*tensors: Tensor | None) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether operators on `x` run as Triton kernels."""
-    runs = x.device.type == "cuda" or _interpreted()
-    return runs and (_forced == "triton" or (_forced == "auto" and x.device.type == "cuda" and _triton_installed()))
+def runs_triton(x: Tensor, worthwhile: bool = True) -> bool:
+    """Whether an operator on `x` runs as a Triton kernel; `worthwhile`: whether it should where none is forced."""
+    if not (x.device.type == "cuda" or _interpreted()):
+        return False
+    return _forced == "triton" or (_forced == "auto" and worthwhile and x.device.type == "cuda" and _triton_installed())
 
 
 @torch.compiler.assume_constant_result

@@ -18,6 +18,7 @@ from pmnet.ops.native import check_range, dense_like, kernels, pointers
 
 MOST_SLOTS = 1024  # of the native kernels
 _BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
+_MANY = 1024  # positions that keep a GPU busy in the fused read; for fewer, matrix products spread better
 _ROWS = 1024  # or so many rows of them: with fewer, the matrix library is slow
 
 
@@ -95,7 +96,7 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
         return _read_slots(query, geometry, weight, bias)[0]
     key_weight, value_weight = weight.chunk(2)
     key_bias, value_bias = bias.chunk(2)
-    if backend.runs_triton(query) and geometry.dtype == torch.float32:
+    if backend.runs_triton(query, query.shape[:2].numel() >= _MANY) and geometry.dtype == torch.float32:
         from pmnet.ops.triton import operators
 
         mixed = operators.mix_slots(query, geometry, key_weight, key_bias)
