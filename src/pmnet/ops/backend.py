@@ -3,7 +3,6 @@
 `torch` works everywhere and in every dtype; `native` (C++) is for float32 on the CPU; `triton` is for CUDA devices.
 """
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from pmnet.ops.native import library
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 BACKENDS = ("auto", "torch", "native", "triton")
 _forced = "auto"
+_installed: bool | None = None  # whether there is Triton, once somebody asked
 
 
 @contextmanager
@@ -91,10 +91,15 @@ def _interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _triton_installed() -> bool:
-    try:
-        from pmnet.ops.triton import operators  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    global _installed
+    if _installed is None:  # no functools.cache: Dynamo warns of it
+        try:
+            import triton  # noqa: F401
+
+            from pmnet.ops.triton import operators  # noqa: F401
+        except ImportError:
+            _installed = False
+        else:
+            _installed = True
+    return _installed

@@ -112,6 +112,15 @@ def tanh(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
+def tanh_slope(x, y, APPROXIMATE: tl.constexpr):
+    """Derivative of y = tanh(x); `1 - y**2`, which cancels where tanh saturates, only where y is rounded anyway."""
+    if APPROXIMATE:
+        return 1.0 - y * y
+    small = tl.exp(-2.0 * tl.abs(x))
+    return 4.0 * small / ((1.0 + small) * (1.0 + small))
+
+
+@triton.jit
 def _sin_quarter(h):
     """sin(pi * h) for half turns in [-1/2, 1/2]: the Taylor series to degree 13, whose rest is below 1e-9.
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pmnet.ops.triton.read import check, key_block, named, sin_half_turns, tanh, tiling
+from pmnet.ops.triton.read import check, key_block, named, sin_half_turns, tanh, tanh_slope, tiling
 
 
 def read_backward(
@@ -132,11 +132,13 @@ def _read_backward_kernel(
         keys = key_block(geometry, key_weight, key_bias, row, row_exists, r * M + m, m < M, K, BLOCK_K)
         key = tl.reshape(tanh(keys, APPROXIMATE), [BLOCK_P, BLOCK_N, BLOCK_M])
         q_at, q_exists = p[:, None] * (R * M) + m, p_exists[:, None] & (m < M)
-        q = tanh(tl.load(query + q_at, mask=q_exists, other=0.0).to(tl.float32), APPROXIMATE)
+        raw = tl.load(query + q_at, mask=q_exists, other=0.0).to(tl.float32)
+        q = tanh(raw, APPROXIMATE)
         of_angle = of_score[:, :, None] * sin_half_turns(q[:, None, :] - key, APPROXIMATE)
-        of_query = -tl.sum(of_angle, axis=1) * (1.0 - q * q)
+        of_query = -tl.sum(of_angle, axis=1) * tanh_slope(raw, q, APPROXIMATE)
         tl.store(grad_query + q_at, of_query.to(grad_query.dtype.element_ty), mask=q_exists)
-        of_key = of_angle * (1.0 - key * key)  # 0 where no position is: there, `of_score` is
+        slope = tanh_slope(tl.reshape(keys, [BLOCK_P, BLOCK_N, BLOCK_M]), key, APPROXIMATE)
+        of_key = of_angle * slope  # 0 where no position is: there, `of_score` is
         at = grad_keys + slot[:, :, None] * (R * M) + m
         tl.store(at, of_key.to(grad_keys.dtype.element_ty), mask=slot_exists[:, :, None] & (m < M))
         tl.store(sums + m, tl.sum(tl.sum(of_key, axis=1), axis=0), mask=m < M)

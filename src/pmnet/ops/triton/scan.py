@@ -176,10 +176,13 @@ def _sum_states_kernel(
     total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
     if place == begin:
         total = _opened(total, initial_state, segments, documents, valid, position, b, G, channel, exists, N * M)
+    p, theta = load_row(weights, rotation, position, n, m, N, M)
+    position = b * T + tl.load(order + place + 1)  # there is one: the last chunk is left out
     while place < stop:  # not range: the interpreter takes no run-time bound there
-        p, theta = load_row(weights, rotation, position, n, m, N, M)
-        position = b * T + tl.load(order + place + 1)  # there is one: the last chunk is left out
+        next_p, next_theta = load_row(weights, rotation, position, n, m, N, M)
+        position = b * T + tl.load(order + tl.minimum(place + 2, T - 1))
         total += _to_turns(p * theta, SCALE, SHIFT)
+        p, theta = next_p, next_theta
         place += 1
     tl.store(partial + (b * tl.cdiv(T, CHUNK) + chunk) * (N * M) + channel, total, mask=exists)
 
