@@ -27,14 +27,14 @@ class DecodeGraph:
     @torch.no_grad()
     def __init__(self, model: PMNetForCausalLM, cache: PMNetCache):
         if model.training or model.device.type != "cuda" or not cache.columns:
+            mode = "in training" if model.training else "in eval mode"
             raise ValueError(
-                "a DecodeGraph needs a model in eval mode on a CUDA device and streams that have read something, got "
-                f"one {'in training' if model.training else 'in eval mode'} on {model.device} and {cache.columns} columns"
+                "a DecodeGraph needs a model in eval mode on a CUDA device and streams that have read something, got one "
+                f"{mode} on {model.device} and {cache.columns} columns"
             )
         # narrow products become sums that are fused with what stands before and behind them
-        step = torch.compile(
-            DecodeStep(model), fullgraph=True, dynamic=False, options={"coordinate_descent_tuning": True}
-        )
+        options = {"coordinate_descent_tuning": True}
+        step = torch.compile(DecodeStep(model), fullgraph=True, dynamic=False, options=options)
         self._config, self._columns = model.config, cache.columns
         self._state = [tensor.clone() for tensor in cache.tensors()]
         self._ids = torch.zeros(cache.seen.shape[0], 1, dtype=torch.int64, device=model.device)
