@@ -29,8 +29,8 @@ class DecodeGraph:
         if model.training or model.device.type != "cuda" or not cache.columns:
             mode = "in training" if model.training else "in eval mode"
             raise ValueError(
-                "a DecodeGraph needs a model in eval mode on a CUDA device and streams that have read something, got one "
-                f"{mode} on {model.device} and {cache.columns} columns"
+                "a DecodeGraph needs a model in eval mode on a CUDA device and streams that have read something, got "
+                f"one {mode} on {model.device} and {cache.columns} columns"
             )
         # narrow products become sums that are fused with what stands before and behind them
         options = {"coordinate_descent_tuning": True}
