@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ from pmnet.ops.triton.scan import write_states
 from pmnet.ops.triton.scan_gradient import write_gradient
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-torch.ones(16, 16, device=DEVICE).mm(torch.ones(16, 16, device=DEVICE))  # before a thread of autograd is the first to
 HALF = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
+if DEVICE.type == "cuda":  # the first product in a thread of autograd warns that the thread has no context yet
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.ones(2, 2, device=DEVICE, requires_grad=True).mm(torch.ones(2, 2, device=DEVICE)).sum().backward()
 WRITES = [(2, 63, 4, 3, 11), (2, 1, 1, 4, 16), (1, 17, 5, 2, 40)]  # B, T, G, N, M
 LONG = [((1, 300, groups, 2, 5), groups == 3) for groups in (1, 3, 150)]  # more than two programs' places
 READS = [(2, 63, 3, 11, 3), (1, 1, 4, 16, 2), (1, 17, 4, 40, 4), (1, 9, 2, 150, 1)]  # B, T, N, M, R
@@ -201,7 +205,7 @@ def plain_read(query, geometry, weight, bias, upstream):
 @pytest.mark.parametrize("shape", READS)
 def test_read(shape, scale, dtype):
     found = []
-    for seed in range(16 if shape[:2] == (1, 1) else 1):  # the error of one position is a matter of luck
+    for seed in range(-(-16 // (shape[0] * shape[1]))):  # the error of few positions is a matter of luck
         *inputs, upstream = read_problem(*shape, scale, dtype, seed)
         mixed, attention = read_forward(*inputs)
         assert mixed.dtype == dtype

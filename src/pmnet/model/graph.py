@@ -3,6 +3,8 @@
 Shapes: B streams, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -33,7 +35,7 @@ class DecodeGraph:
                 f"one {mode} on {model.device} and {cache.columns} columns"
             )
         # narrow products become sums that are fused with what stands before and behind them
-        options = {"coordinate_descent_tuning": True}
+        options: dict[str, str | int | bool | Callable[..., object]] = {"coordinate_descent_tuning": True}
         step = torch.compile(DecodeStep(model), fullgraph=True, dynamic=False, options=options)
         self._config, self._columns = model.config, cache.columns
         self._state = [tensor.clone() for tensor in cache.tensors()]
@@ -41,7 +43,7 @@ class DecodeGraph:
 
         def advance() -> Tensor:
             logits, after = step(self._ids, self._state)
-            torch._foreach_copy_(self._state, after)
+            self._store(after)
             return logits
 
         side = torch.cuda.Stream(model.device)
@@ -53,7 +55,12 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = advance()
-        torch._foreach_copy_(self._state, cache.tensors())  # what the warm-up read is forgotten
+        self._store(cache.tensors())  # what the warm-up read is forgotten
+
+    def _store(self, state: list[Tensor]) -> None:
+        for dtype in {tensor.dtype for tensor in state}:  # one launch for all tensors of a kind
+            chosen = [i for i, tensor in enumerate(state) if tensor.dtype == dtype]
+            torch._foreach_copy_([self._state[i] for i in chosen], [state[i] for i in chosen])
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Read one id per stream.

@@ -30,14 +30,26 @@ class SegmentPlan(NamedTuple):
 
 def plan_segments(segments: Tensor, groups: int, documents: Tensor | None, valid: Tensor | None) -> SegmentPlan:
     """Sort positions into segments. Integers only; runs on the device without synchronising the host."""
-    keys = segments.long()
-    if documents is not None:
-        keys = keys + documents.long() * groups
+    return SegmentPlan(*_plan(segments.long(), groups, documents, valid))
+
+
+@torch.library.custom_op("pmnet::plan_segments", mutates_args=())
+def _plan(
+    segments: Tensor, groups: int, documents: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One operator: from the sort of a single position, TorchInductor of torch 2.11 makes wrong code for GPUs."""
+    keys = segments.clone() if documents is None else segments + documents.long() * groups
     if valid is not None:
         keys = torch.where(valid, keys, _NOWHERE)
+    if keys.shape[1] == 1:
+        zero = torch.zeros_like(keys)
+        return zero, zero.clone(), zero.clone(), torch.ones_like(keys), keys
     keys, order = torch.sort(keys, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, _positions(order))
-    return SegmentPlan(order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys)
+    return order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys
+
+
+_plan.register_fake(lambda segments, *_: tuple(segments.new_empty(segments.shape) for _ in range(5)))
 
 
 def phase_scan(
