@@ -1,13 +1,17 @@
-"""Everything on one GPU in under eight minutes: `python -m benchmarks.gpu [FILE]` (results/bench-gpu/gpu.json).
+"""Everything on one GPU in under eight minutes: `python -m benchmarks.gpu` (results/bench-gpu/*.json, one a section).
 
-The file is written again after every section, so that an interrupted run loses nothing but the section it was in.
-Training and prefill run under bfloat16 autocast, decoding in float32.
+Every section is a process of its own, so that they compile at the same time; they measure one after the other. One
+section alone: `python -m benchmarks.gpu SECTION`. Training and prefill run under bfloat16 autocast.
 """
 
 import copy
+import functools
+import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,48 +19,85 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Contender, build
+from benchmarks.contenders import Contender, Ours, build
 from benchmarks.harness import Entry, Plan, Run, compare
 from benchmarks.limits import measure_limits, synchronize
-from benchmarks.parts import scan_entries
+from benchmarks.parts import scan_entries, sorted_scan_entry
+from benchmarks.turns import run_all, turn
 from pmnet import PMNetCache, PMNetConfig, pmnet_119m
+from pmnet.model.graph import DecodeGraph
 from pmnet.report.flops import TRAINING_FACTOR
 from pmnet.report.provenance import provenance, write_json
 
 Result = TypeVar("Result")
+Alone = Callable[[], AbstractContextManager[None]]  # holds while something is measured
 
 NAMES = ["ours", "published", "llama"]
-TOTAL_SECONDS = 460.0
+TURNS = "PMNET_TURNS"  # environment variable: where the sections that run at the same time meet
+FOLDER = Path("results/bench-gpu")
 CONTEXT = 1024  # positions read before decoding
 STEPS = 32  # bytes decoded in a run
+CHECKED = 8  # bytes that a graph and the model read beside each other before the graph is timed
 
 
 def training(
-    config: PMNetConfig, device: torch.device, batch: int, length: int, compiled: bool, plan: Plan, peak: float
+    config: PMNetConfig,
+    device: torch.device,
+    batch: int,
+    length: int,
+    compiled: bool,
+    plan: Plan,
+    peak: float,
+    alone: Alone = nullcontext,
 ) -> dict[str, Any]:
     """Bytes per second and share of the measured bfloat16 matrix product (`fraction_of_limit`, the MFU) of training.
 
     Args:
         config: size of all contenders.
         device: where.
-        batch: B; halved while memory does not suffice.
+        batch: B.
         length: T.
-        compiled: trace the step of ours and of Llama with torch.compile; the published form is left eager, it
-            reads sizes back to the host.
+        compiled: ours only, traced with torch.compile, and its gradients beside those of the model that is not.
         plan: rounds and budget.
         peak: FLOP per second of the matrix product.
+        alone: entered for the measurement, after the first step.
     """
-    names = [name for name in NAMES if not (compiled and name == "published")]
-    while True:
+    models = build(config, ["ours"] if compiled else NAMES, device)
+    check = {"check": compare_gradients(models[0], _ids(batch, length, device))} if compiled else {}
+    entries, left_out = [], []
+    for entry in (_step(model, batch, device, compiled) for model in models):
         try:
-            entries = [_step(model, batch, device, compiled) for model in build(config, names, device)]
-            rows, left_out = compare(entries, batch, length, length, plan, peak)
-            return {"rows": rows, "left_out": left_out}
+            entry.prepare(length)
+            entries.append(entry)
         except torch.OutOfMemoryError:
-            if batch == 1:
-                raise
-        batch //= 2
-        torch.cuda.empty_cache()
+            left_out.append({"contender": entry.name, "reason": "out of memory"})
+    with alone():
+        rows, slow = compare(entries, batch, length, length, plan, peak)
+    return {**check, "rows": rows, "left_out": left_out + slow}
+
+
+def compare_gradients(model: Contender, ids: Tensor) -> dict[str, Any]:
+    """Compiled and not, under autocast, beside float32 without either: losses, and the norm of gradients' differences.
+
+    A difference is that of all gradients as one vector, relative to the norm of the float32 one.
+    """
+    losses, gradients = {}, {}
+    model.module.train()
+    for name, half, loss in (
+        ("float32", False, model.loss),
+        ("autocast", True, model.loss),
+        ("compiled", True, torch.compile(model.loss, dynamic=False)),
+    ):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=half):
+            value = loss(ids)
+        value.backward()
+        losses[name] = float(value.detach())
+        gradients[name] = torch.cat([p.grad.flatten() for p in model.module.parameters() if p.grad is not None])
+        model.module.zero_grad()
+    size = gradients["float32"].norm()
+    differences = {name: float((g - gradients["float32"]).norm() / size) for name, g in gradients.items()}
+    differences["compiled from autocast"] = float((gradients["compiled"] - gradients["autocast"]).norm() / size)
+    return {"losses": losses, "differences": differences}
 
 
 def _step(model: Contender, batch: int, device: torch.device, compiled: bool) -> Entry:
@@ -65,6 +106,7 @@ def _step(model: Contender, batch: int, device: torch.device, compiled: bool) ->
     loss = torch.compile(model.loss, dynamic=False) if compiled else model.loss
     facts: dict[str, Any] = {"parameters": model.parameters}
 
+    @functools.cache
     def prepare(length: int) -> Run:
         ids = _ids(batch, length, device)
 
@@ -75,6 +117,7 @@ def _step(model: Contender, batch: int, device: torch.device, compiled: bool) ->
             optimizer.step()
             optimizer.zero_grad()
 
+        step()
         _, facts["peak_bytes"] = _with_peak(step, device)
         return step
 
@@ -85,35 +128,64 @@ def _step(model: Contender, batch: int, device: torch.device, compiled: bool) ->
 
 
 @torch.no_grad()
-def decoding(config: PMNetConfig, device: torch.device, streams: int, plan: Plan, read: float) -> dict[str, Any]:
-    """Bytes per second of `streams` streams decoded together; ours eager and, on a GPU, replayed as a CUDA graph.
+def decoding(
+    config: PMNetConfig,
+    device: torch.device,
+    streams: int,
+    dtype: torch.dtype,
+    plan: Plan,
+    read: float,
+    alone: Alone = nullcontext,
+) -> dict[str, Any]:
+    """Bytes per second of `streams` streams decoded together; ours eager and, on a GPU, replayed as CUDA graphs.
 
-    Published and Llama run eagerly: the former reads sizes back to the host, the latter's cache grows.
+    Published (in float32 only: its phases are of the model's dtype) and Llama run eagerly: the former reads sizes back
+    to the host, the latter's cache grows.
 
     Args:
         config: size of all contenders.
         device: where.
         streams: B.
+        dtype: of the weights.
         plan: rounds and budget.
         read: bytes per second that memory can be read with.
+        alone: entered for the measurement, when graphs are captured.
     """
     ids = _ids(streams, CONTEXT, device)
-    models = build(config, NAMES, device)
-    entries, left_out = [_decode(model.name, model, ids) for model in models], []
-    if device.type == "cuda":
-        ours = models[0]
-        try:
-            replay = capture(partial(advance, ours.module, ours.prefill(ids), ids[:, :1].clone()))
-            entries.append(_decode("ours, CUDA graph", ours, ids, replay))
-        except RuntimeError as error:
-            left_out.append({"contender": "ours, CUDA graph", "reason": str(error).splitlines()[0]})
-    rows, slow = compare(entries, streams, STEPS, 4, plan, read)
-    return {"context": CONTEXT, "rows": rows, "left_out": left_out + slow}
+    models = build(config, NAMES if dtype == torch.float32 else ["ours", "llama"], device)
+    for model in models:
+        model.module.eval().to(dtype)
+    entries = [_decode(model.name, model, ids) for model in models]
+    ours = models[0]
+    if device.type == "cuda" and isinstance(ours, Ours):
+        replay = capture(partial(advance, ours.module, ours.prefill(ids), ids[:, :1].clone()))
+        entries.append(_decode("ours, CUDA graph", ours, ids, replay))
+        graph = DecodeGraph(ours.module, ours.prefill(ids))
+        entry = _decode("ours, compiled CUDA graph", ours, ids, partial(graph, ids[:, :1].clone()))
+        entry.facts["check"] = compare_steps(ours, ids)(graph)
+        entries.append(entry)
+    with alone():
+        rows, left_out = compare(entries, streams, STEPS, 4, plan, read)
+    return {"context": CONTEXT, "dtype": str(dtype), "rows": rows, "left_out": left_out}
 
 
-def _decode(name: str, model: Contender, ids: Tensor, replay: Run | None = None) -> Entry:
-    model.module.eval()
+def compare_steps(model: Ours, ids: Tensor) -> Callable[[DecodeGraph], dict[str, Any]]:
+    """Lets a graph and the model read the same bytes: largest differences of logits, step by step, and of states."""
 
+    def compared(graph: DecodeGraph) -> dict[str, Any]:
+        cache, logits, largest = model.prefill(ids), [], 0.0
+        for t in range(CHECKED):
+            found, expected = graph(ids[:, t : t + 1]).clone(), model.step(ids[:, t : t + 1], cache)
+            logits.append(float((found - expected).abs().max()))
+            largest = max(largest, float(expected.abs().max()))
+        pairs = zip(graph.cache().memory, cache.memory, strict=True)
+        turns = [float((a - b).double().abs().max()) / 2**32 for a, b in pairs]  # int32 differences wrap as a circle
+        return {"logits": logits, "largest_logit": largest, "states_in_turns": turns}
+
+    return compared
+
+
+def _decode(name: str, model: Contender, ids: Tensor, replay: Callable[[], object] | None = None) -> Entry:
     def prepare(steps: int) -> Run:
         state = model.prefill(ids) if replay is None else None
 
@@ -129,7 +201,8 @@ def _decode(name: str, model: Contender, ids: Tensor, replay: Run | None = None)
         return run
 
     def needs(steps: int) -> float:
-        return steps * model.decode_bytes(*ids.shape)
+        itemsize = next(model.module.parameters()).dtype.itemsize
+        return steps * model.decode_bytes(*ids.shape) * itemsize / 4
 
     return Entry(name, prepare, needs, {"parameters": model.parameters})
 
@@ -146,7 +219,7 @@ def advance(model: torch.nn.Module, cache: PMNetCache, ids: Tensor) -> Tensor:
     return logits
 
 
-def capture(step: Run) -> Run:
+def capture(step: Callable[[], object]) -> Callable[[], object]:
     """A CUDA graph of `step`, after a warm-up on a stream of its own; call the result to replay it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -160,14 +233,19 @@ def capture(step: Run) -> Run:
     return partial(_replay, graph, step)
 
 
-def _replay(graph: torch.cuda.CUDAGraph, step: Run) -> None:
+def _replay(graph: torch.cuda.CUDAGraph, step: Callable[[], object]) -> None:
     """Replay; `step` is only held, because the graph reads and writes tensors that nothing else may keep alive."""
     graph.replay()
 
 
 @torch.no_grad()
 def prefill(
-    config: PMNetConfig, device: torch.device, size: int, chunks: dict[str, int], seconds: float
+    config: PMNetConfig,
+    device: torch.device,
+    size: int,
+    chunks: dict[str, int],
+    seconds: float,
+    alone: Alone = nullcontext,
 ) -> dict[str, Any]:
     """Read a stream of `size` bytes in chunks; a contender stops where its share of `seconds` ends.
 
@@ -177,6 +255,7 @@ def prefill(
         size: bytes.
         chunks: bytes per call for each contender (the published form's attention is a mask of all pairs).
         seconds: budget.
+        alone: entered for the measurement.
 
     Returns:
         Rows with bytes read, whether that is all, seconds, bytes per second and, on a GPU, the peak of memory beyond
@@ -187,7 +266,9 @@ def prefill(
         model = build(config, [name], device)[0]
         model.module.eval()
         _read_stream(model, ids[:, :chunk], chunk, seconds)  # warm-up
-        (done, elapsed), peak = _with_peak(partial(_read_stream, model, ids, chunk, seconds / len(chunks)), device)
+        with alone():
+            share = seconds / len(chunks)
+            (done, elapsed), peak = _with_peak(partial(_read_stream, model, ids, chunk, share), device)
         figures = {"bytes": done, "complete": done == size, "seconds": elapsed, "bytes_per_second": done / elapsed}
         facts = {"contender": name, "parameters": model.parameters, "chunk": chunk}
         rows.append({**facts, **figures, "peak_bytes": peak})
@@ -211,10 +292,25 @@ def _read_stream(model: Contender, ids: Tensor, chunk: int, seconds: float) -> t
 
 
 def scan(
-    config: PMNetConfig, device: torch.device, batch: int, length: int, plan: Plan, copied: float
+    config: PMNetConfig,
+    device: torch.device,
+    batch: int,
+    length: int,
+    plan: Plan,
+    copied: float,
+    alone: Alone = nullcontext,
 ) -> dict[str, Any]:
-    """The phase scan against the rate of a device copy, `copied` bytes per second, read and written together."""
-    rows, left_out = compare(scan_entries(config, batch, device), batch, length, length, plan, copied)
+    """The phase scan against the rate of a device copy, `copied` bytes per second, read and written together.
+
+    On a GPU ours is replayed as a CUDA graph, so that launches from the host are not what is timed.
+    """
+    entries = scan_entries(config, batch, device)
+    if device.type == "cuda":
+        for ours in (entries[0], sorted_scan_entry(config, batch, device)):
+            prepare = functools.cache(lambda length, ours=ours: capture(ours.prepare(length)))
+            entries.append(Entry(f"{ours.name}, CUDA graph", prepare, ours.needs))
+    with alone():
+        rows, left_out = compare(entries, batch, length, length, plan, copied)
     return {"rows": rows, "left_out": left_out}
 
 
@@ -231,40 +327,52 @@ def _with_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result,
     return run(), torch.cuda.max_memory_allocated(device) - before
 
 
-def main(path: Path) -> None:
-    """Measure all sections that fit into `TOTAL_SECONDS`; one sentence and exit code 1 without a GPU."""
+SECTIONS: dict[str, Callable[[PMNetConfig, torch.device, Plan, dict[str, float], Alone], dict[str, Any]]] = {
+    "scan": lambda c, d, p, best, alone: scan(c, d, 8, 8192, p, best["copy_gbs"], alone),
+    "prefill": lambda c, d, p, best, alone: prefill(
+        c, d, 2**20, {"ours": 65536, "published": 4096, "llama": 4096}, 18.0, alone
+    ),
+    "train": lambda c, d, p, best, alone: training(c, d, 4, 4096, False, p, best["bf16_matmul_gflops"], alone),
+    "train-compiled": lambda c, d, p, best, alone: training(c, d, 4, 4096, True, p, best["bf16_matmul_gflops"], alone),
+} | {
+    f"decode-{streams}-{str(dtype).split('.')[1]}": (
+        lambda c, d, p, best, alone, streams=streams, dtype=dtype: decoding(
+            c, d, streams, dtype, p, best["read_gbs"], alone
+        )
+    )
+    for streams, dtype in ((1, torch.float32), (1, torch.bfloat16), (64, torch.bfloat16))
+}
+
+
+def measure(name: str) -> None:
+    """Measure a section and write its file."""
+    device, config, folder = torch.device("cuda"), pmnet_119m(), os.environ.get(TURNS)
+    alone: Alone = nullcontext if folder is None else partial(turn, Path(folder), name, list(SECTIONS))
+    limits = measure_limits(device, count=2**31)
+    best = {key: 1e9 * limit["best"] for key, limit in limits.items()}
+    plan = Plan(repeats=7, seconds=8.0, wait=partial(synchronize, device))
+    content = {**provenance(), "model": config.to_dict(), "limits": limits}
+    try:
+        content |= SECTIONS[name](config, device, plan, best, alone)
+    finally:
+        write_json(FOLDER / f"{name}.json", content)
+
+
+def main(arguments: list[str]) -> None:
+    """Measure all sections, or the one that is named; one sentence and exit code 1 without a GPU."""
     if not torch.cuda.is_available():
         sys.exit("benchmarks.gpu needs a GPU that torch can use, and there is none")
-    began, device, config = time.monotonic(), torch.device("cuda"), pmnet_119m()
-    limits = measure_limits(device)
-    best = {name: 1e9 * limit["best"] for name, limit in limits.items()}
-    peak, read, copied = best["bf16_matmul_gflops"], best["read_gbs"], best["copy_gbs"]
-    content: dict[str, Any] = {**provenance(), "model": config.to_dict(), "limits": limits, "sections": {}}
-
-    def plan(seconds: float) -> Plan:
-        return Plan(repeats=7, seconds=seconds, wait=partial(synchronize, device))
-
-    chunks = {"ours": 64 * 1024, "published": 4096, "llama": 4096}
-    sections: list[tuple[str, float, Callable[[float], dict[str, Any]]]] = [
-        ("scan", 10, lambda s: scan(config, device, 8, 8192, plan(s), copied)),
-        ("decode 1", 40, lambda s: decoding(config, device, 1, plan(s), read)),
-        ("decode 64", 40, lambda s: decoding(config, device, 64, plan(s), read)),
-        ("train", 80, lambda s: training(config, device, 4, 4096, False, plan(s), peak)),
-        ("prefill", 90, lambda s: prefill(config, device, 2**20, chunks, s)),
-        ("train compiled", 150, lambda s: training(config, device, 4, 4096, True, plan(s), peak)),
-    ]
-    for name, seconds, measure in sections:
-        if time.monotonic() - began + seconds > TOTAL_SECONDS:
-            content["sections"][name] = {"skipped": "no time left"}
-        else:
-            try:
-                content["sections"][name] = measure(seconds)
-            except RuntimeError as error:
-                content["sections"][name] = {"failed": str(error).splitlines()[0]}
-        torch.cuda.empty_cache()
-        write_json(path, content)
-        print(f"{time.monotonic() - began:5.0f} s  {name}", flush=True)
+    if arguments:
+        if arguments[0] not in SECTIONS:
+            sys.exit(f"there is no section {arguments[0]!r}; there are {', '.join(SECTIONS)}")
+        measure(arguments[0])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[TURNS] = folder
+        codes = run_all({name: ["-m", "benchmarks.gpu", name] for name in SECTIONS}, Path(folder))
+    if any(codes.values()):
+        sys.exit(f"these sections failed: {', '.join(name for name, code in codes.items() if code)}")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "results/bench-gpu/gpu.json"))
+    main(sys.argv[1:])

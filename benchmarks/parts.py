@@ -50,6 +50,28 @@ def scan_entries(config: PMNetConfig, batch: int, device: torch.device) -> list[
     return [Entry("ours", ours, needs), Entry("published", published, needs)]
 
 
+def sorted_scan_entry(config: PMNetConfig, batch: int, device: torch.device) -> Entry:
+    """The scan's two launches alone on a GPU: positions are sorted and rotations are angles already."""
+    from pmnet.ops.scan import plan_segments
+    from pmnet.ops.triton.scan import write_states
+
+    groups = config.groups_of(config.num_levels - 1)
+    slots, size = config.num_memory, config.memory_size
+
+    def prepare(length: int) -> Run:
+        visits = torch.randint(groups, (batch, length), device=device)
+        weights = torch.rand(batch, length, slots, device=device).softmax(-1)
+        angles = math.pi * torch.randn(batch, length, size, device=device).tanh()
+        before = torch.zeros(batch, groups, slots * size, dtype=torch.int32, device=device)
+        plan = plan_segments(visits, groups, None, None)
+        return lambda: write_states(weights, angles, plan.order, plan.start, visits, before, None, None, 32)
+
+    def needs(length: int) -> float:
+        return 4 * batch * (length * (slots + size + slots * size) + 2 * groups * slots * size)
+
+    return Entry("ours, sorted already", prepare, needs)
+
+
 @torch.no_grad()
 def read_entries(config: PMNetConfig, batch: int, device: torch.device) -> list[Entry]:
     """The first layer's read of a random phase field, sin and cos of the field included in both.

@@ -21,6 +21,7 @@ from benchmarks.memory import measure_memory, resident_bytes
 from benchmarks.parts import read_entries
 from benchmarks.stream import measure_stream
 from benchmarks.table import summary
+from benchmarks.turns import run_all
 from pmnet.ops import use_backend
 from pmnet.train.recipes import MODELS
 from tests.conftest import random_ids, run_cli, small_config, small_model
@@ -232,7 +233,7 @@ def test_both_forms_of_the_read_agree():
 def test_gpu_sections_run_anywhere(tmp_path):
     config = small_config("period", phase_bits=32)
     rows = gpu.training(config, CPU, 2, 16, False, PLAN, 1e9)["rows"]
-    rows += gpu.decoding(config, CPU, 2, PLAN, 1e9)["rows"]
+    rows += gpu.decoding(config, CPU, 2, torch.float32, PLAN, 1e9)["rows"]
     rows += gpu.scan(config, CPU, 2, 32, PLAN, 1e9)["rows"]
     assert [row["contender"] for row in rows] == [*gpu.NAMES, *gpu.NAMES, "ours", "published"]
     read = gpu.prefill(config, CPU, 96, dict.fromkeys(gpu.NAMES, 32), 60.0)["rows"]
@@ -252,9 +253,31 @@ def test_a_step_that_keeps_its_tensors_in_place_is_a_step():
     assert places == [tensor.data_ptr() for tensor in cache.memory]
 
 
-def test_gpu_script_needs_a_gpu(tmp_path, monkeypatch):
+def test_gradients_of_a_compiled_model_are_compared(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # takes a minute
+    config = small_config("period", phase_bits=32)
+    found = gpu.compare_gradients(build(config, ["ours"])[0], random_ids(2, 16))
+    assert found["differences"]["float32"] == 0
+    assert 0 < found["differences"]["autocast"] < 0.5
+    assert abs(found["losses"]["compiled"] - found["losses"]["float32"]) < 0.1
+
+
+def test_sections_measure_in_turns(tmp_path):
+    """Two measurements and one that fails before it is ready: they do not overlap, and nobody waits for the third."""
+    script = (
+        "import sys, time; from pathlib import Path; from benchmarks.turns import turn\n"
+        "folder, name = Path(sys.argv[1]), sys.argv[2]\n"
+        "with turn(folder, name, ['a', 'b', 'c']): start = time.time(); time.sleep(0.3); end = time.time()\n"
+        "(folder / f'{name}.span').write_text(f'{start} {end}')"
+    )
+    commands = {name: ["-c", script, str(tmp_path), name] for name in "ab"} | {"c": ["-c", "raise SystemExit(3)"]}
+    assert run_all(commands, tmp_path) == {"a": 0, "b": 0, "c": 3}
+    first, second = sorted([float(x) for x in (tmp_path / f"{name}.span").read_text().split()] for name in "ab")
+    assert first[1] <= second[0]
+
+
+def test_gpu_script_needs_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="needs a GPU"):
-        gpu.main(tmp_path / "gpu.json")
-    assert not list(tmp_path.iterdir())
+        gpu.main([])
     assert importlib.util.find_spec("benchmarks.gpu").origin == str(Path(gpu.__file__))

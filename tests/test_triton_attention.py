@@ -15,10 +15,10 @@ SHAPES = [  # B, T, H, K, E, W
 ]
 
 
-def problem(batch, length, heads, kv_heads, width, window, rows, dtype):
-    query = numbers(batch, length, heads, width, scale=2.0)
-    keys, values = (numbers(batch, window - 1 + length, kv_heads, width, seed=seed) for seed in (1, 2))
-    upstream, span = numbers(batch, length, heads, width, seed=3), 1 + integers(window, rows, length)
+def problem(batch, length, heads, kv_heads, width, window, rows, dtype, draw=0):
+    query = numbers(batch, length, heads, width, scale=2.0, seed=4 * draw)
+    keys, values = (numbers(batch, window - 1 + length, kv_heads, width, seed=4 * draw + i) for i in (1, 2))
+    upstream, span = numbers(batch, length, heads, width, seed=4 * draw + 3), 1 + integers(window, rows, length)
     return [x.to(dtype).to(DEVICE) for x in (query, keys, values, upstream)], span.to(DEVICE)
 
 
@@ -38,12 +38,15 @@ def run(query, keys, values, upstream, span, scaling):
 def test_attention(shape, dtype):
     scaling = shape[4] ** -0.5
     for rows in {1, shape[0]}:
-        tensors, span = problem(*shape, rows, dtype)
-        found = run(*tensors, span, scaling)
-        assert all(x.dtype == dtype for x in found)
-        truth = plain(*(x.double() for x in tensors), span, scaling)
-        names = ("result", "query", "keys", "values")
-        assert_within_budget(names, found, plain(*tensors, span, scaling), truth)
+        found = []
+        for draw in range(-(-16 // (shape[0] * shape[1]))):  # the error of few positions is a matter of luck
+            tensors, span = problem(*shape, rows, dtype, draw)
+            got = run(*tensors, span, scaling)
+            assert all(x.dtype == dtype for x in got)
+            truth = plain(*(x.double() for x in tensors), span, scaling)
+            found.append((got, plain(*tensors, span, scaling), truth))
+        kinds = ([torch.stack(each) for each in zip(*kind, strict=True)] for kind in zip(*found, strict=True))
+        assert_within_budget(("result", "query", "keys", "values"), *kinds)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

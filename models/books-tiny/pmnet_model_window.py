@@ -1,10 +1,10 @@
 """What each position of a chunk sees of the sliding window, and the layout of attention in blocks.
 
-A position sees the last `span` positions of its document, itself included, `W` at most. The native attention needs no
-more than that. Other attention kernels get blocks of `BLOCK` queries at multiples of `BLOCK` of the stream's own
-position count, whatever chunk a position arrives in, each with one window of `BLOCK + W - 1` keys: cost T*W with every
-kernel, and a position always has the same place in a kernel call of the same shape, so that results are the same bits
-in any chunking.
+A position sees the last `span` positions of its document, itself included, `W` at most. The attention of this package
+(native and Triton) needs no more than that. Other attention kernels get blocks of `BLOCK` queries at multiples of
+`BLOCK` of the stream's own position count, whatever chunk a position arrives in, each with one window of
+`BLOCK + W - 1` keys: cost T*W with every kernel, and a position always has the same place in a kernel call of the same
+shape, so that results are the same bits in any chunking.
 
 Shapes: B, T new positions, W window, S blocks, J = BLOCK + W - 1 keys of a block, H heads, E head_dim.
 The *buffer* of keys holds the `W - 1` positions before the chunk, then the T new ones.
@@ -69,7 +69,7 @@ class Window:
     length: int  # T
     span: Tensor  # [B or 1, T] int64, positions seen, in 1..W
     tail_index: Tensor | None  # [B, W - 1] buffer places the next chunk needs; None: the last ones
-    blocks: Blocks | None  # None for native attention
+    blocks: Blocks | None  # None for the attention of this package
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Window":
         """The same on another device: what `accelerate` asks for where layers are spread over devices."""

@@ -1,6 +1,6 @@
 """Phase arithmetic and everything whose bits must not depend on how a stream is cut."""
 
-from .pmnet_ops_backend import BACKENDS, runs_native, use_backend
+from .pmnet_ops_backend import BACKENDS, runs_native, runs_triton, use_backend
 from .pmnet_ops_gather import lookup, take_rows
 from .pmnet_ops_int8 import Int8Linear, quantize_int8
 from .pmnet_ops_linear import Linear, row_stable_linear
@@ -28,6 +28,7 @@ __all__ = [
     "rotary_table",
     "row_stable_linear",
     "runs_native",
+    "runs_triton",
     "silu_product",
     "take_rows",
     "to_angle",

@@ -1,4 +1,4 @@
-"""Causal sliding-window attention in one native call (docs/model.md, a layer).
+"""Causal sliding-window attention in one call of a kernel (docs/model.md, a layer).
 
 Shapes: B, T queries, H query heads, K key/value heads, E head_dim, W window.
 """
@@ -10,11 +10,12 @@ import re
 import torch
 from torch import Tensor
 
+from . import pmnet_ops_backend as backend
 from .pmnet_ops_native import check_range, dense_like, kernels, pointers
 
 
 def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
-    """Attend to the last `span` positions, its own included; on the CPU, computed in float32.
+    """Attend to the last `span` positions, its own included; as a Triton kernel, or on the CPU, in float32.
 
     Args:
         query: `[B, T, H, E]`.
@@ -23,8 +24,13 @@ def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, 
         scaling: factor of the scores.
 
     Returns:
-        `[B, T, H, E]`. A row's bits depend on nothing but what it sees.
+        `[B, T, H, E]`. On the CPU, a row's bits depend on nothing but what it sees; on a GPU they also depend on how
+        far it stands from the first row of the call.
     """
+    if backend.runs_triton(query):
+        from .pmnet_ops_triton import operators
+
+        return operators.window_attention(query, keys, values, span, scaling).to(query.dtype)
     return _window_attention(query.float(), keys.float(), values.float(), span, scaling).to(query.dtype)
 
 

@@ -16,7 +16,7 @@ from .pmnet_memory import Tokens
 from .pmnet_model_attention import PastKeys
 from .pmnet_model_cache import PMNetCache
 from .pmnet_model_window import Window, plan_window, positions_within
-from .pmnet_ops import runs_native, take_rows
+from .pmnet_ops import runs_native, runs_triton, take_rows
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def read_chunk(
 ) -> Chunk:
     """Work out the chunk that `hidden` `[B, T, D]` stands for; see `PMNetModel.forward` for the arguments.
 
-    `dropout` is that of the attention weights; with any, the native attention is not used.
+    `dropout` is that of the attention weights; with any, the attention of this package is not used.
 
     Raises:
         ValueError: if a mask or ids have another shape than the input.
@@ -113,6 +113,8 @@ def read_chunk(
     if starts is not None:
         documents = (starts if valid is None else starts & valid).long().cumsum(1)
 
+    fused = config._attn_implementation in ("eager", "sdpa") and dropout == 0.0
+    fused = fused and (runs_native(hidden) or (runs_triton(hidden) and hidden.dtype != torch.float64))
     window = plan_window(
         config.sliding_window,
         (batch, length),
@@ -121,7 +123,7 @@ def read_chunk(
         None if past is None else past.in_document,
         counts,
         documents,
-        in_blocks=not (runs_native(hidden) and config._attn_implementation in ("eager", "sdpa") and dropout == 0.0),
+        in_blocks=not fused,
     )
     return Chunk(length, order, place, counts, positions, Tokens(valid, documents), window)
 

@@ -3,7 +3,6 @@
 `torch` works everywhere and in every dtype; `native` (C++) is for float32 on the CPU; `triton` is for CUDA devices.
 """
 
-import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from .pmnet_ops_native import library
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 BACKENDS = ("auto", "torch", "native", "triton")
 _forced = "auto"
+_installed: bool | None = None  # whether there is Triton, once somebody asked
 
 
 @contextmanager
@@ -72,10 +72,11 @@ def direct(*tensors: Tensor | None) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
 
 
-def runs_triton(x: Tensor) -> bool:
-    """Whether operators on `x` run as Triton kernels."""
-    runs = x.device.type == "cuda" or _interpreted()
-    return runs and (_forced == "triton" or (_forced == "auto" and x.device.type == "cuda" and _triton_installed()))
+def runs_triton(x: Tensor, worthwhile: bool = True) -> bool:
+    """Whether an operator on `x` runs as a Triton kernel; `worthwhile`: whether it should where none is forced."""
+    if not (x.device.type == "cuda" or _interpreted()):
+        return False
+    return _forced == "triton" or (_forced == "auto" and worthwhile and x.device.type == "cuda" and _triton_installed())
 
 
 @torch.compiler.assume_constant_result
@@ -90,10 +91,15 @@ def _interpreted() -> bool:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _triton_installed() -> bool:
-    try:
-        from .pmnet_ops_triton import operators  # noqa: F401
-    except ImportError:
-        return False
-    return True
+    global _installed
+    if _installed is None:  # no functools.cache: Dynamo warns of it
+        try:
+            import triton  # noqa: F401
+
+            from .pmnet_ops_triton import operators  # noqa: F401
+        except ImportError:
+            _installed = False
+        else:
+            _installed = True
+    return _installed

@@ -48,12 +48,26 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"a linear map of {weight.shape[0]} outputs got a bias of {tuple(bias.shape)}")
     x = x.to(weight.dtype)
+    if fuses_rows(x):
+        return fused_row(x, weight, bias)
     if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu") or wrapped(weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     # an operator of our own costs more than a product of one row
     out = products(rows, weight, bias) if direct(x, weight, bias) else _linear(rows, weight, bias)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def fuses_rows(x: Tensor) -> bool:
+    """Whether `x` is one row in code that is compiled for a GPU, where a sum is fused with its neighbours."""
+    return x.device.type == "cuda" and x.numel() == x.shape[-1] and torch.compiler.is_compiling()
+
+
+def fused_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` of few rows as sums, in at least float32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = (x.unsqueeze(-2).to(wide) * weight.to(wide)).sum(-1)
+    return (out if bias is None else out + bias).to(x.dtype)
 
 
 def products(rows: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None = None) -> Tensor:

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from . import pmnet_ops_backend as backend
 from .pmnet_ops_gather import lookup, sum_rows
-from .pmnet_ops_linear import products, row_stable_linear
+from .pmnet_ops_linear import fused_row, fuses_rows, products, row_stable_linear
 from .pmnet_ops_native import check_range, dense_like, kernels, pointers
 
 MOST_SLOTS = 1024  # of the native kernels
 _BLOCK = 2**19  # keys computed at a time when slots are read: they stay in the processor's cache
+_MANY = 1024  # positions that keep a GPU busy in the fused read; for fewer, matrix products spread better
 _ROWS = 1024  # or so many rows of them: with fewer, the matrix library is slow
 
 
@@ -97,7 +98,7 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
         return _read_slots(query, geometry, weight, bias)[0]
     key_weight, value_weight = weight.chunk(2)
     key_bias, value_bias = bias.chunk(2)
-    if backend.runs_triton(query) and geometry.dtype == torch.float32:
+    if backend.runs_triton(query, query.shape[:2].numel() >= _MANY) and geometry.dtype == torch.float32:
         from .pmnet_ops_triton import operators
 
         mixed = operators.mix_slots(query, geometry, key_weight, key_bias)
@@ -105,6 +106,8 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
         weights = address(query, row_stable_linear(geometry, key_weight, key_bias).unflatten(-1, heads))
         mixed = torch.bmm(weights.transpose(2, 3).flatten(0, 1), geometry.flatten(0, 1))
         mixed = mixed.view(*query.shape[:3], geometry.shape[3])
+    if fuses_rows(mixed[:, :, 0]):
+        return fused_row(mixed, value_weight.to(mixed.dtype).unflatten(0, heads), value_bias.view(heads)).flatten(2)
     of_heads = zip(value_weight.split(heads[1]), value_bias.split(heads[1]), strict=True)
     return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
 

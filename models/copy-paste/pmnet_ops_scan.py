@@ -32,14 +32,29 @@ class SegmentPlan(NamedTuple):
 
 def plan_segments(segments: Tensor, groups: int, documents: Tensor | None, valid: Tensor | None) -> SegmentPlan:
     """Sort positions into segments. Integers only; runs on the device without synchronising the host."""
-    keys = segments.long()
+    segments = segments.long()
+    if segments.shape[1] == 1 and documents is None and valid is None:
+        zero = torch.zeros_like(segments)
+        return SegmentPlan(zero, zero, zero, zero + 1, segments.contiguous())
+    return SegmentPlan(*_plan(segments, groups, documents, valid))
+
+
+@torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::plan_segments", mutates_args=())
+def _plan(
+    segments: Tensor, groups: int, documents: Tensor | None, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One operator: what TorchInductor of torch 2.11 makes of a sort of single positions does not compile for GPUs."""
+    keys = segments.clone(memory_format=torch.contiguous_format)
     if documents is not None:
-        keys = keys + documents.long() * groups
+        keys += documents.long() * groups
     if valid is not None:
         keys = torch.where(valid, keys, _NOWHERE)
     keys, order = torch.sort(keys, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, _positions(order))
-    return SegmentPlan(order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys)
+    return order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys
+
+
+_plan.register_fake(lambda segments, *_: tuple(segments.new_empty(segments.shape) for _ in range(5)))
 
 
 def phase_scan(

@@ -30,20 +30,23 @@ class SegmentPlan(NamedTuple):
 
 def plan_segments(segments: Tensor, groups: int, documents: Tensor | None, valid: Tensor | None) -> SegmentPlan:
     """Sort positions into segments. Integers only; runs on the device without synchronising the host."""
-    return SegmentPlan(*_plan(segments.long(), groups, documents, valid))
+    segments = segments.long()
+    if segments.shape[1] == 1 and documents is None and valid is None:
+        zero = torch.zeros_like(segments)
+        return SegmentPlan(zero, zero, zero, zero + 1, segments.contiguous())
+    return SegmentPlan(*_plan(segments, groups, documents, valid))
 
 
 @torch.library.custom_op("pmnet::plan_segments", mutates_args=())
 def _plan(
     segments: Tensor, groups: int, documents: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """One operator: from the sort of a single position, TorchInductor of torch 2.11 makes wrong code for GPUs."""
-    keys = segments.clone() if documents is None else segments + documents.long() * groups
+    """One operator: what TorchInductor of torch 2.11 makes of a sort of single positions does not compile for GPUs."""
+    keys = segments.clone(memory_format=torch.contiguous_format)
+    if documents is not None:
+        keys += documents.long() * groups
     if valid is not None:
         keys = torch.where(valid, keys, _NOWHERE)
-    if keys.shape[1] == 1:
-        zero = torch.zeros_like(keys)
-        return zero, zero.clone(), zero.clone(), torch.ones_like(keys), keys
     keys, order = torch.sort(keys, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, _positions(order))
     return order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def provenance() -> dict[str, Any]:
         "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {name: version(name) for name in ("pmnet", "torch", "transformers", "numpy")}
+        "versions": {name: _version(name) for name in ("pmnet", "torch", "transformers", "numpy")}
         | {"python": platform.python_version()},
         "machine": {
             "processor": _processor(),
@@ -42,6 +42,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         partial.write_text(text)
 
 
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # run from a checkout that was not installed
+        return None
+
+
 def _command() -> str:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {module.name}" if module else Path(sys.argv[0]).name
@@ -51,7 +58,8 @@ def _command() -> str:
 def _commit() -> str | None:
     """Commit of the repository that this file belongs to, not of one that it was merely installed in.
 
-    `+changes` is added if files differ from it, but for those below `results/`: a run may store its own.
+    `+changes` is added if files differ from it, but for those below `results/`: a run may store its own. Where files
+    were copied without their repository, the environment variable PMNET_COMMIT can name it.
     """
     here = Path(__file__).parent
     try:
@@ -60,7 +68,7 @@ def _commit() -> str | None:
         status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]
         changed = subprocess.run(status, cwd=here, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("PMNET_COMMIT")
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 

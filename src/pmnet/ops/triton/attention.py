@@ -39,6 +39,7 @@ def attention_forward(
     out, total = torch.empty_like(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     if query.numel():
         sizes, blocks = _sizes(query, keys, span)
+        blocks |= {"BLOCK": 1} if length == 1 else {}
         with torch.cuda.device_of(query):
             _forward_kernel[_grid(batch * heads, length, blocks)](
                 query, keys, values, span, out, total, *sizes, scaling * _LOG2E.value, **blocks,
@@ -162,12 +163,18 @@ def _forward_kernel(
     for start in range(0, BLOCK + W - 1, BLOCK_KEYS):
         k = _tile(keys, first + start, place, T + W - 1, K * E, E, BLOCK_E)
         v = _tile(values, first + start, place, T + W - 1, K * E, E, BLOCK_E)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if BLOCK == 1:  # a matrix product has at least 16 rows
+            score = tl.sum(q[:, None, :].to(tl.float32) * k.to(tl.float32)[None], axis=2) * scale
+        else:
+            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         score = tl.where(_seen(t, first + start + place, reach, T, W), score, float("-inf"))
         higher = tl.maximum(most, tl.max(score, axis=1))
         p, shrink = tl.exp2(score - higher[:, None]), tl.exp2(most - higher)
         weight = weight * shrink + tl.sum(p, axis=1)
-        mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
+        if BLOCK == 1:
+            mixed = mixed * shrink[:, None] + tl.sum(p[:, :, None] * v.to(tl.float32)[None], axis=1)
+        else:
+            mixed = tl.dot(p.to(v.dtype), v, mixed * shrink[:, None], input_precision="ieee")
         most = higher
     weight = tl.where(t < T, weight, 1.0)
     mixed = mixed / weight[:, None]

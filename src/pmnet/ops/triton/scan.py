@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_ROW = 1024  # channels of a program at most: 32 for each thread of a warp
+_ROW = 1024  # channels of a program at most, where slots are many: 32 for each thread of a warp
 _CHUNK = 128  # places of one program
 
 
@@ -100,7 +100,7 @@ def dense(name: str, x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
 def tiling(batch: int, length: int, slots: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Programs and what each of them owns; chunks do not depend on B and T, so neither does the order of sums."""
     block_n = triton.next_power_of_2(slots)
-    block_m = min(128, triton.next_power_of_2(size), max(1, _ROW // block_n))
+    block_m = min(64, triton.next_power_of_2(size), max(1, _ROW // block_n))
     blocks = {"CHUNK": _CHUNK, "BLOCK_N": block_n, "BLOCK_M": block_m, "num_warps": 1}
     return (batch * triton.cdiv(size, block_m), triton.cdiv(length, _CHUNK)), blocks
 
