@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from pmnet.config import PMNetConfig, pmnet_30m, pmnet_119m
 from pmnet.model import ByteTokenizer, PMNetCache, PMNetForCausalLM, PMNetModel
+from pmnet.model.graph import DecodeGraph
 from pmnet.model.stream import stream_bytes
 from pmnet.ops import quantize_int8, use_backend
 
@@ -14,6 +15,7 @@ AutoTokenizer.register(PMNetConfig, slow_tokenizer_class=ByteTokenizer)
 
 __all__ = [
     "ByteTokenizer",
+    "DecodeGraph",
     "PMNetCache",
     "PMNetConfig",
     "PMNetForCausalLM",

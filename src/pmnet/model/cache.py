@@ -158,13 +158,15 @@ class PMNetCache(Cache):
 
     def replace(self, memory: list[Tensor], window: list[PastKeys], counters: tuple[Tensor, ...], columns: int) -> None:
         """Put another state in the place of this one: all of it or, where Ctrl-C comes in between, nothing."""
-        named: dict[str, object] = dict(zip(_COUNTERS, counters, strict=True))
-        named |= {"memory": memory, "_window": window, "_ring": None, "columns": columns}
-        if torch.compiler.is_compiling():  # Dynamo does not trace the update of an object's dictionary
-            for name, value in named.items():
-                setattr(self, name, value)
+        named = dict(zip(_COUNTERS, counters, strict=True))
+        if (
+            torch.compiler.is_compiling()
+        ):  # Dynamo traces no update of an object's dictionary, nor looks behind `window`
+            self.memory, self.window, self.columns = memory, window, columns
+            for name, count in named.items():
+                setattr(self, name, count)
         else:
-            self.__dict__.update(named)
+            self.__dict__.update(named, memory=memory, _window=window, _ring=None, columns=columns)
 
     def reset(self) -> None:
         """Forget everything, in place."""

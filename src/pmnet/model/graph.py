@@ -55,8 +55,6 @@ class DecodeGraph:
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._logits = advance()
-        self._graph.replay()
-        torch.cuda.synchronize(model.device)
         self._store(cache.tensors())  # what the warm-up read is forgotten
 
     def _store(self, state: list[Tensor]) -> None:
