@@ -37,8 +37,10 @@ def test_every_stored_result_says_where_it_comes_from():
         assert {"command", "date", "commit", "versions", "machine"} <= set(stored), path
         assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", stored["commit"]), path
         changed += [path] if "+" in stored["commit"] else []
-    # trained before the last change was committed, as docs/LOG.md says; no others
-    assert changed == [ROOT / "results" / "int8" / "training.json"]
+    # trained before the last change was committed, as docs/LOG.md says, and measured on a machine that held an earlier
+    # commit and a copy of the tree (results/bench-gpu/README.md); no others
+    assert {path.parent.name for path in changed} == {"int8", "bench-gpu"}
+    assert [path.name for path in changed if path.parent.name == "int8"] == ["training.json"]
 
 
 def test_only_sources_make_a_commit_a_changed_one(tmp_path, monkeypatch):
@@ -61,6 +63,47 @@ def test_the_speeds_are_those_that_are_stored():
     assert {row.split("`")[1] for row in rows[2:]} == {case for case, *_ in table.SUMMARY}
     assert "\n".join(rows) in page
     assert "\n".join(rows) in (ROOT / "results" / "bench" / "README.md").read_text()
+
+
+def test_the_speeds_on_a_gpu_are_those_that_are_stored():
+    found = {path.stem: json.loads(path.read_text()) for path in (ROOT / "results" / "bench-gpu").glob("*.json")}
+
+    def row(section, name):
+        return next(row for row in found[section]["rows"] if row["contender"] == name)
+
+    def rate(section, name):
+        entry = row(section, name)
+        return f"{entry.get('bytes_per_second') or entry['positions_per_second']['median']:,.0f}"
+
+    page = told("README.md")
+    trained = f"| {rate('train-compiled', 'ours')} compiled, {rate('train', 'ours')} not |"
+    assert f"{trained} {rate('train', 'published')} | {rate('train', 'llama')} |" in page
+    for section, ours, words in (
+        ("prefill", "ours", "1 MiB read in chunks of 64 KiB, autocast"),
+        ("decode-1-float32", "ours, CUDA graph", "decode, one stream, float32, CUDA graph"),
+    ):
+        rates = " | ".join(rate(section, name) for name in (ours, "published", "llama"))
+        assert f"| {words} | {rates} |" in page
+    many = f"{rate('decode-64-bfloat16', 'ours, CUDA graph')} | | {rate('decode-64-bfloat16', 'llama')} |"
+    assert f"| decode, 64 streams, bfloat16 weights, CUDA graph | {many}" in page
+    assert f"at {100 * row('train-compiled', 'ours')['fraction_of_limit']:.0f} % of the measured bfloat16" in page
+    read = row("prefill", "ours")
+    assert f"read in {read['seconds']:.1f} s with {read['peak_bytes'] / 1e9:.1f} GB" in page
+    alone, whole = (
+        100 * row("scan", name)["fraction_of_limit"]
+        for name in ("ours, sorted already, CUDA graph", "ours, CUDA graph")
+    )
+    assert (
+        f"run at {alone:.0f} % of a device copy, the whole write of a level, with its sorting, at {whole:.0f} %" in page
+    )
+    compiled = [
+        rate(section, "ours, compiled CUDA graph")
+        for section in ("decode-1-float32", "decode-1-bfloat16", "decode-64-bfloat16")
+    ]
+    made = "made {} bytes a second with float32 weights, {} with bfloat16 ones and {} for 64 streams"
+    assert made.format(*compiled) in page
+    noise = found["train-compiled"]["check"]["differences"]["autocast"]
+    assert f"differs from the float32 one by {noise:.2f} times its norm" in page
 
 
 def test_the_cost_of_computing_activations_again_is_that_stored():

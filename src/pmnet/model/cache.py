@@ -159,9 +159,7 @@ class PMNetCache(Cache):
     def replace(self, memory: list[Tensor], window: list[PastKeys], counters: tuple[Tensor, ...], columns: int) -> None:
         """Put another state in the place of this one: all of it or, where Ctrl-C comes in between, nothing."""
         named = dict(zip(_COUNTERS, counters, strict=True))
-        if (
-            torch.compiler.is_compiling()
-        ):  # Dynamo traces no update of an object's dictionary, nor looks behind `window`
+        if torch.compiler.is_compiling():  # Dynamo: no update of an object, no look behind `window`
             self.memory, self.window, self.columns = memory, window, columns
             for name, count in named.items():
                 setattr(self, name, count)

@@ -58,9 +58,11 @@ def _command() -> str:
 def _commit() -> str | None:
     """Commit of the repository that this file belongs to, not of one that it was merely installed in.
 
-    `+changes` is added if files differ from it, but for those below `results/`: a run may store its own. Where files
-    were copied without their repository, the environment variable PMNET_COMMIT can name it.
+    `+changes` is added if files differ from it, but for those below `results/`: a run may store its own. Where the
+    files of a commit were copied to a machine that has no repository, or another one, PMNET_COMMIT names it.
     """
+    if "PMNET_COMMIT" in os.environ:
+        return os.environ["PMNET_COMMIT"]
     here = Path(__file__).parent
     try:
         subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True, check=True)
@@ -68,7 +70,7 @@ def _commit() -> str | None:
         status = ["git", "status", "--porcelain", "-uno", "--", ":/", ":(top,exclude)results"]
         changed = subprocess.run(status, cwd=here, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("PMNET_COMMIT")
+        return None
     return head.stdout.strip() + ("+changes" if changed.stdout.strip() else "")
 
 
