@@ -21,8 +21,8 @@ def provenance() -> dict[str, Any]:
         "command": _command(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {name: _version(name) for name in ("pmnet", "torch", "transformers", "numpy")}
-        | {"python": platform.python_version()},
+        "versions": {name: _version(name) for name in ("pmnet", "transformers", "numpy")}
+        | {"torch": str(torch.__version__), "python": platform.python_version()},
         "machine": {
             "processor": _processor(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
