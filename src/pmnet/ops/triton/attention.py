@@ -121,7 +121,7 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[tuple[int, ...], 
 
 
 def _grid(rows: int, length: int, blocks: dict[str, int]) -> tuple[int, int]:
-    return triton.cdiv(length, blocks["BLOCK"]), rows
+    return rows, triton.cdiv(length, blocks["BLOCK"])  # the second may be 65,535 at most
 
 
 @triton.jit
@@ -147,8 +147,8 @@ def _forward_kernel(
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
     """`scale` carries the factor that makes `exp2` of `exp`."""
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    first, step, e = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    first, step, e = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     t = first + step
     query += (b * T * H + h) * E
     keys += (b * (T + W - 1) * K + h // (H // K)) * E
@@ -188,8 +188,8 @@ def _query_gradient_kernel(
     upstream, query, keys, values, span, out, total, mean, grad_query, T, SPANS, scale,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    b, h = (tl.program_id(1) // H).to(tl.int64), tl.program_id(1) % H
-    first, step, e = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
+    first, step, e = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     t = first + step
     head = (b * T * H + h) * E
     keys += (b * (T + W - 1) * K + h // (H // K)) * E
@@ -220,8 +220,8 @@ def _key_gradient_kernel(
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A place is seen by queries from `place - (W - 1)` to itself; all query heads of its key head add up."""
-    b, head_of_keys = (tl.program_id(1) // K).to(tl.int64), tl.program_id(1) % K
-    first, step, e = tl.program_id(0) * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
+    b, head_of_keys = (tl.program_id(0) // K).to(tl.int64), tl.program_id(0) % K
+    first, step, e = tl.program_id(1) * BLOCK, tl.arange(0, BLOCK), tl.arange(0, BLOCK_E)
     place = first + step
     group = (b * (T + W - 1) * K + head_of_keys) * E
     k = _tile(keys + group, first, step, T + W - 1, K * E, E, BLOCK_E)
