@@ -57,6 +57,19 @@ def test_a_reader_that_was_killed_is_named(books):
         all(map(task.batch, range(1, 100)))
 
 
+@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(), RuntimeError("DataLoader worker (pid 1) ended")])
+def test_a_reader_that_was_killed_at_any_moment_is_named(books, error):
+    def ended():
+        raise error
+        yield
+
+    task = ByteTask(RandomWindows(open_files([books]), 16, 2, 1), workers=1)
+    task.batch(0)
+    task.ahead = ended()
+    with pytest.raises(OSError, match="a process that reads files ahead has ended"):
+        task.batch(1)
+
+
 def test_a_file_that_changes_is_named_by_a_reader_too(books):
     task = ByteTask(RandomWindows(open_files([books]), 16, 2, 1), workers=1)
     for path in books.iterdir():

@@ -83,7 +83,7 @@ class ByteTask:
         self.following = index + self.processes
         try:
             return next(self.ahead)
-        except (ConnectionError, RuntimeError) as error:
+        except (EOFError, ConnectionError, RuntimeError) as error:  # which one depends on what it was doing
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise OSError("a process that reads files ahead has ended") from error
