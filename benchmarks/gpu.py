@@ -4,14 +4,13 @@ Every section is a process of its own, so that they compile at the same time; th
 section alone: `python -m benchmarks.gpu SECTION`. Training and prefill run under bfloat16 autocast.
 """
 
-import copy
 import functools
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,25 +18,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from benchmarks.contenders import Contender, Ours, build
+from benchmarks.contenders import Contender, build
+from benchmarks.gpu_decode import NAMES, Alone, decoding, random_bytes, replayed
 from benchmarks.harness import Entry, Plan, Run, compare
 from benchmarks.limits import measure_limits, synchronize
 from benchmarks.parts import scan_entries, sorted_scan_entry
 from benchmarks.turns import run_all, turn
-from pmnet import PMNetCache, PMNetConfig, pmnet_119m
-from pmnet.model.graph import DecodeGraph
+from pmnet import PMNetConfig, pmnet_119m
 from pmnet.report.flops import TRAINING_FACTOR
 from pmnet.report.provenance import provenance, write_json
 
 Result = TypeVar("Result")
-Alone = Callable[[], AbstractContextManager[None]]  # holds while something is measured
 
-NAMES = ["ours", "published", "llama"]
 TURNS = "PMNET_TURNS"  # environment variable: where the sections that run at the same time meet
 FOLDER = Path("results/bench-gpu")
-CONTEXT = 1024  # positions read before decoding
-STEPS = 32  # bytes decoded in a run
-CHECKED = 8  # bytes that a graph and the model read beside each other before the graph is timed
 
 
 def training(
@@ -63,7 +57,7 @@ def training(
         alone: entered for the measurement, after the first step.
     """
     models = build(config, ["ours"] if compiled else NAMES, device)
-    check = {"check": compare_gradients(models[0], _ids(batch, length, device))} if compiled else {}
+    check = {"check": compare_gradients(models[0], random_bytes(batch, length, device))} if compiled else {}
     entries, left_out = [], []
     for entry in (_step(model, batch, device, compiled) for model in models):
         try:
@@ -108,7 +102,7 @@ def _step(model: Contender, batch: int, device: torch.device, compiled: bool) ->
 
     @functools.cache
     def prepare(length: int) -> Run:
-        ids = _ids(batch, length, device)
+        ids = random_bytes(batch, length, device)
 
         def step() -> None:
             with torch.autocast(device.type, torch.bfloat16):
@@ -125,117 +119,6 @@ def _step(model: Contender, batch: int, device: torch.device, compiled: bool) ->
         return TRAINING_FACTOR * batch * length * model.flops(length)
 
     return Entry(model.name, prepare, needs, facts)
-
-
-@torch.no_grad()
-def decoding(
-    config: PMNetConfig,
-    device: torch.device,
-    streams: int,
-    dtype: torch.dtype,
-    plan: Plan,
-    read: float,
-    alone: Alone = nullcontext,
-) -> dict[str, Any]:
-    """Bytes per second of `streams` streams decoded together; ours eager and, on a GPU, replayed as CUDA graphs.
-
-    Published (in float32 only: its phases are of the model's dtype) and Llama run eagerly: the former reads sizes back
-    to the host, the latter's cache grows.
-
-    Args:
-        config: size of all contenders.
-        device: where.
-        streams: B.
-        dtype: of the weights.
-        plan: rounds and budget.
-        read: bytes per second that memory can be read with.
-        alone: entered for the measurement, when graphs are captured.
-    """
-    ids = _ids(streams, CONTEXT, device)
-    models = build(config, NAMES if dtype == torch.float32 else ["ours", "llama"], device)
-    for model in models:
-        model.module.eval().to(dtype)
-    entries = [_decode(model.name, model, ids) for model in models]
-    ours = models[0]
-    if device.type == "cuda" and isinstance(ours, Ours):
-        replay = capture(partial(advance, ours.module, ours.prefill(ids), ids[:, :1].clone()))
-        entries.append(_decode("ours, CUDA graph", ours, ids, replay))
-        graph = DecodeGraph(ours.module, ours.prefill(ids))
-        entry = _decode("ours, compiled CUDA graph", ours, ids, partial(graph, ids[:, :1].clone()))
-        entry.facts["check"] = compare_steps(ours, ids)(graph)
-        entries.append(entry)
-    with alone():
-        rows, left_out = compare(entries, streams, STEPS, 4, plan, read)
-    return {"context": CONTEXT, "dtype": str(dtype), "rows": rows, "left_out": left_out}
-
-
-def compare_steps(model: Ours, ids: Tensor) -> Callable[[DecodeGraph], dict[str, Any]]:
-    """Lets a graph and the model read the same bytes: largest differences of logits, step by step, and of states."""
-
-    def compared(graph: DecodeGraph) -> dict[str, Any]:
-        cache, logits, largest = model.prefill(ids), [], 0.0
-        for t in range(CHECKED):
-            found, expected = graph(ids[:, t : t + 1]).clone(), model.step(ids[:, t : t + 1], cache)
-            logits.append(float((found - expected).abs().max()))
-            largest = max(largest, float(expected.abs().max()))
-        pairs = zip(graph.cache().memory, cache.memory, strict=True)
-        turns = [float((a - b).double().abs().max()) / 2**32 for a, b in pairs]  # int32 differences wrap as a circle
-        return {"logits": logits, "largest_logit": largest, "states_in_turns": turns}
-
-    return compared
-
-
-def _decode(name: str, model: Contender, ids: Tensor, replay: Callable[[], object] | None = None) -> Entry:
-    def prepare(steps: int) -> Run:
-        state = model.prefill(ids) if replay is None else None
-
-        def run() -> None:
-            for _ in range(steps):
-                if replay is None:
-                    model.step(ids[:, :1], state)
-                else:
-                    replay()
-            if replay is None:
-                model.rewind(state, steps)
-
-        return run
-
-    def needs(steps: int) -> float:
-        itemsize = next(model.module.parameters()).dtype.itemsize
-        return steps * model.decode_bytes(*ids.shape) * itemsize / 4
-
-    return Entry(name, prepare, needs, {"parameters": model.parameters})
-
-
-def advance(model: torch.nn.Module, cache: PMNetCache, ids: Tensor) -> Tensor:
-    """Logits `[B, 1, V]` of one step, the new state copied into the tensors of `cache`, which stay where they are.
-
-    The cache's count of columns does not move; the model only asks whether there were any.
-    """
-    moving = copy.copy(cache)
-    logits = model(ids, past_key_values=moving).logits
-    for old, new in zip(cache.tensors(), moving.tensors(), strict=True):
-        old.copy_(new)
-    return logits
-
-
-def capture(step: Callable[[], object]) -> Callable[[], object]:
-    """A CUDA graph of `step`, after a warm-up on a stream of its own; call the result to replay it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return partial(_replay, graph, step)
-
-
-def _replay(graph: torch.cuda.CUDAGraph, step: Callable[[], object]) -> None:
-    """Replay; `step` is only held, because the graph reads and writes tensors that nothing else may keep alive."""
-    graph.replay()
 
 
 @torch.no_grad()
@@ -261,7 +144,7 @@ def prefill(
         Rows with bytes read, whether that is all, seconds, bytes per second and, on a GPU, the peak of memory beyond
         the weights.
     """
-    ids, rows = _ids(1, size, device), []
+    ids, rows = random_bytes(1, size, device), []
     for name, chunk in chunks.items():
         model = build(config, [name], device)[0]
         model.module.eval()
@@ -307,15 +190,11 @@ def scan(
     entries = scan_entries(config, batch, device)
     if device.type == "cuda":
         for ours in (entries[0], sorted_scan_entry(config, batch, device)):
-            prepare = functools.cache(lambda length, ours=ours: capture(ours.prepare(length)))
+            prepare = functools.cache(lambda length, ours=ours: replayed(ours.prepare(length)))
             entries.append(Entry(f"{ours.name}, CUDA graph", prepare, ours.needs))
     with alone():
         rows, left_out = compare(entries, batch, length, length, plan, copied)
     return {"rows": rows, "left_out": left_out}
-
-
-def _ids(batch: int, length: int, device: torch.device) -> Tensor:
-    return torch.randint(256, (batch, length), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def _with_peak(run: Callable[[], Result], device: torch.device) -> tuple[Result, int | None]:

@@ -4,6 +4,7 @@ Shapes: B, T, G groups, D hidden size, N slots, M phases.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,10 +45,14 @@ def scan_entries(config: PMNetConfig, batch: int, device: torch.device) -> list[
 
         return torch.no_grad()(run)
 
-    def needs(length: int) -> float:
-        return 4 * batch * (length * (slots + size + slots * size) + 2 * groups * slots * size)
-
+    needs = partial(_scan_bytes, config, batch)
     return [Entry("ours", ours, needs), Entry("published", published, needs)]
+
+
+def _scan_bytes(config: PMNetConfig, batch: int, length: int) -> float:
+    slots, size = config.num_memory, config.memory_size
+    groups = config.groups_of(config.num_levels - 1)
+    return 4 * batch * (length * (slots + size + slots * size) + 2 * groups * slots * size)
 
 
 def sorted_scan_entry(config: PMNetConfig, batch: int, device: torch.device) -> Entry:
@@ -66,10 +71,7 @@ def sorted_scan_entry(config: PMNetConfig, batch: int, device: torch.device) -> 
         plan = plan_segments(visits, groups, None, None)
         return lambda: write_states(weights, angles, plan.order, plan.start, visits, before, None, None, 32)
 
-    def needs(length: int) -> float:
-        return 4 * batch * (length * (slots + size + slots * size) + 2 * groups * slots * size)
-
-    return Entry("ours, sorted already", prepare, needs)
+    return Entry("ours, sorted already", prepare, partial(_scan_bytes, config, batch))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import pmnet
-from benchmarks import gpu
+from benchmarks import gpu, gpu_decode
 from benchmarks.cases import CASES
 from benchmarks.contenders import CONTENDERS, build
 from benchmarks.harness import Entry, Plan, alternate, compare, spread
@@ -233,7 +233,7 @@ def test_both_forms_of_the_read_agree():
 def test_gpu_sections_run_anywhere(tmp_path):
     config = small_config("period", phase_bits=32)
     rows = gpu.training(config, CPU, 2, 16, False, PLAN, 1e9)["rows"]
-    rows += gpu.decoding(config, CPU, 2, torch.float32, PLAN, 1e9)["rows"]
+    rows += gpu_decode.decoding(config, CPU, 2, torch.float32, PLAN, 1e9)["rows"]
     rows += gpu.scan(config, CPU, 2, 32, PLAN, 1e9)["rows"]
     assert [row["contender"] for row in rows] == [*gpu.NAMES, *gpu.NAMES, "ours", "published"]
     read = gpu.prefill(config, CPU, 96, dict.fromkeys(gpu.NAMES, 32), 60.0)["rows"]
@@ -248,7 +248,7 @@ def test_a_step_that_keeps_its_tensors_in_place_is_a_step():
         whole = model(ids).logits
         cache = model(ids[:, :20], use_cache=True).past_key_values
         places = [tensor.data_ptr() for tensor in cache.memory]
-        steps = [gpu.advance(model, cache, ids[:, t : t + 1]) for t in range(20, 24)]
+        steps = [gpu_decode.advance(model, cache, ids[:, t : t + 1]) for t in range(20, 24)]
     assert (torch.cat(steps, 1) - whole[:, 20:]).abs().max() < 1e-5
     assert places == [tensor.data_ptr() for tensor in cache.memory]
 

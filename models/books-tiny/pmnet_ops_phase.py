@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import pmnet_ops_backend as backend
 from .pmnet_ops_gather import lookup, sum_rows
-from .pmnet_ops_linear import fused_row, fuses_rows, products, row_stable_linear
+from .pmnet_ops_linear import linear_of_heads, products, row_stable_linear
 from .pmnet_ops_native import check_range, dense_like, kernels, pointers
 
 MOST_SLOTS = 1024  # of the native kernels
@@ -106,10 +106,7 @@ def read_slots(query: Tensor, geometry: Tensor, weight: Tensor, bias: Tensor) ->
         weights = address(query, row_stable_linear(geometry, key_weight, key_bias).unflatten(-1, heads))
         mixed = torch.bmm(weights.transpose(2, 3).flatten(0, 1), geometry.flatten(0, 1))
         mixed = mixed.view(*query.shape[:3], geometry.shape[3])
-    if fuses_rows(mixed[:, :, 0]):
-        return fused_row(mixed, value_weight.to(mixed.dtype).unflatten(0, heads), value_bias.view(heads)).flatten(2)
-    of_heads = zip(value_weight.split(heads[1]), value_bias.split(heads[1]), strict=True)
-    return torch.cat([row_stable_linear(mixed[:, :, r], *each) for r, each in enumerate(of_heads)], dim=-1)
+    return linear_of_heads(mixed, value_weight, value_bias)
 
 
 @torch.library.custom_op(re.sub(r"\W", lambda m: f"_{ord(m[0]):x}", __name__, flags=re.ASCII) + "::address", mutates_args=())

@@ -48,8 +48,8 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"a linear map of {weight.shape[0]} outputs got a bias of {tuple(bias.shape)}")
     x = x.to(weight.dtype)
-    if fuses_rows(x):
-        return fused_row(x, weight, bias)
+    if _fuses(x, weight):
+        return _fused_row(x, weight, bias)
     if x.device.type != "cpu" or weight.dtype.itemsize < 4 or torch.is_autocast_enabled("cpu") or wrapped(weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
@@ -58,13 +58,32 @@ def row_stable_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def fuses_rows(x: Tensor) -> bool:
+def linear_of_heads(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A linear map for each head.
+
+    Args:
+        x: `[B, T, R, K]`.
+        weight, bias: heads outer, `[R * O, K]` and `[R * O]`.
+
+    Returns:
+        `[B, T, R * O]`, each head as by `row_stable_linear`.
+    """
+    heads = x.shape[2]
+    if _fuses(x[:, :, 0], weight):
+        by_head = weight.to(x.dtype).unflatten(0, (heads, -1))
+        return _fused_row(x, by_head, bias.view(heads, -1)).flatten(2)
+    parts = zip(weight.chunk(heads), bias.chunk(heads), strict=True)
+    return torch.cat([row_stable_linear(x[:, :, r], *part) for r, part in enumerate(parts)], dim=-1)
+
+
+def _fuses(x: Tensor, weight: Tensor) -> bool:
     """Whether `x` is one row in code that is compiled for a GPU, where a sum is fused with its neighbours."""
-    return x.device.type == "cuda" and x.numel() == x.shape[-1] and torch.compiler.is_compiling()
+    one = x.device.type == "cuda" and x.numel() == x.shape[-1]
+    return one and torch.compiler.is_compiling() and not wrapped(weight)
 
 
-def fused_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x @ weight.T + bias` of few rows as sums, in at least float32."""
+def _fused_row(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`x @ weight.T + bias` as sums, in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     out = (x.unsqueeze(-2).to(wide) * weight.to(wide)).sum(-1)
     return (out if bias is None else out + bias).to(x.dtype)

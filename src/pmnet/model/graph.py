@@ -4,6 +4,7 @@ Shapes: B streams, V vocabulary.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,25 @@ from torch import Tensor
 from pmnet.model.cache import PMNetCache
 from pmnet.model.decode_step import DecodeStep
 from pmnet.model.modeling import PMNetForCausalLM
+
+Result = TypeVar("Result")
+
+
+def capture(step: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """A CUDA graph of `step`, after a warm-up on a stream of its own, and what the step returns in it.
+
+    The graph reads and writes the tensors that `step` holds: they must be kept for as long as it is replayed.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph, result
 
 
 class DecodeGraph:
@@ -46,15 +66,8 @@ class DecodeGraph:
             self._store(after)
             return logits
 
-        side = torch.cuda.Stream(model.device)
-        side.wait_stream(torch.cuda.current_stream(model.device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                advance()
-        torch.cuda.current_stream(model.device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._logits = advance()
+        with torch.cuda.device(model.device):
+            self._graph, self._logits = capture(advance)
         self._store(cache.tensors())  # what the warm-up read is forgotten
 
     def _store(self, state: list[Tensor]) -> None:
@@ -81,4 +94,4 @@ class DecodeGraph:
         return PMNetCache.from_tensors(self._config, [tensor.clone() for tensor in self._state], self._columns)
 
 
-__all__ = ["DecodeGraph"]
+__all__ = ["DecodeGraph", "capture"]

@@ -36,7 +36,7 @@ def use_backend(name: str) -> Iterator[None]:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     if name == "native" and library() is None:
         raise RuntimeError("the native backend needs a C++ compiler with OpenMP")
-    if name == "triton" and not (_triton_installed() and (torch.cuda.is_available() or _interpreted())):
+    if name == "triton" and not (_triton_installed() and (torch.cuda.is_available() or interpreted())):
         raise RuntimeError("the triton backend needs the triton package and a CUDA device, or its interpreter")
     before, _forced = _forced, name
     try:
@@ -74,7 +74,7 @@ def direct(*tensors: Tensor | None) -> bool:
 
 def runs_triton(x: Tensor, worthwhile: bool = True) -> bool:
     """Whether an operator on `x` runs as a Triton kernel; `worthwhile`: whether it should where none is forced."""
-    if not (x.device.type == "cuda" or _interpreted()):
+    if not (x.device.type == "cuda" or interpreted()):
         return False
     return _forced == "triton" or (_forced == "auto" and worthwhile and x.device.type == "cuda" and _triton_installed())
 
@@ -85,7 +85,7 @@ def _native_available() -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -38,8 +38,7 @@ def attention_forward(
     batch, length, heads, _ = query.shape
     out, total = torch.empty_like(query), query.new_empty(batch, heads, length, dtype=torch.float32)
     if query.numel():
-        sizes, blocks = _sizes(query, keys, span)
-        blocks |= {"BLOCK": 1} if length == 1 else {}
+        sizes, blocks = _sizes(query, keys, span, block=1 if length == 1 else _block(length))
         with torch.cuda.device_of(query):
             _forward_kernel[_grid(batch * heads, length, blocks)](
                 query, keys, values, span, out, total, *sizes, scaling * _LOG2E.value, **blocks,
@@ -80,7 +79,7 @@ def attention_backward(
     if not query.numel():
         return grads[0], grads[1].zero_(), grads[2].zero_()
     mean = torch.empty_like(total)  # of the gradients of a query's weights
-    (sizes, blocks), places = _sizes(query, keys, span), keys.shape[1]
+    (sizes, blocks), places = _sizes(query, keys, span, _block(length)), keys.shape[1]
     with torch.cuda.device_of(query):
         _query_gradient_kernel[_grid(batch * heads, length, blocks)](
             upstream, query, keys, values, span, out, total, mean, grads[0], *sizes, scaling, **blocks
@@ -100,19 +99,23 @@ def _check(query: Tensor, keys: Tensor, values: Tensor, span: Tensor) -> None:
             f"[B or 1, T], got {list(keys.shape)}, {list(values.shape)}, {list(span.shape)}"
         )
     if not query.dtype == keys.dtype == values.dtype or span.dtype != torch.int64:
-        raise ValueError(f"attention: query is {query.dtype}, keys {keys.dtype}, values {values.dtype}")
+        kinds = f"query is {query.dtype}, keys {keys.dtype}, values {values.dtype}, span {span.dtype}"
+        raise ValueError(f"attention: {kinds}, but the first three must be alike and span int64")
 
 
-def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[tuple[int, ...], dict[str, int]]:
+def _block(length: int) -> int:
+    return 16 if length < 64 else 64
+
+
+def _sizes(query: Tensor, keys: Tensor, span: Tensor, block: int) -> tuple[tuple[int, ...], dict[str, int]]:
     """The kernels' sizes in order, and tiles."""
     _, length, heads, width = query.shape
-    few = length < 64
     blocks = {
         "H": heads,
         "K": keys.shape[2],
         "W": keys.shape[1] - length + 1,
         "E": width,
-        "BLOCK": 16 if few else 64,
+        "BLOCK": block,
         "BLOCK_E": max(16, triton.next_power_of_2(width)),
         "num_warps": 4,
         "num_stages": 2,

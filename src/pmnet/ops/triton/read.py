@@ -16,12 +16,12 @@ rounded to 2**-8 or 2**-11; there, tanh, sine and cosine are the processor's own
 atomics: results are the same from run to run.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from pmnet.ops.backend import interpreted
 
 
 def read_forward(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def tiling(slots: int, size: int, dtype: torch.dtype, rows: int = 128) -> dict[s
         "BLOCK_N": block_n,
         "BLOCK_M": min(columns, max(16, triton.next_power_of_2(size))),
         "BLOCK_K": min(depth, max(16, triton.next_power_of_2(2 * size))),
-        "APPROXIMATE": half and torch.version.hip is None and os.environ.get("TRITON_INTERPRET") != "1",
+        "APPROXIMATE": half and torch.version.hip is None and not interpreted(),
         "num_warps": warps,
         "num_stages": 3,
         "maxnreg": 128,  # two programs share a multiprocessor: one takes cosines while the other multiplies
