@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from itertools import count
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, Protocol
 
 import torch
@@ -79,7 +79,7 @@ class ByteTask:
                 self.windows, batch_size=None, sampler=wanted, num_workers=self.workers, worker_init_fn=_deaf,
                 generator=torch.Generator(),  # that of the model, from which a seed would be drawn, stays as it is
             )  # fmt: skip
-            self.ahead = iter(loader)
+            self.ahead = _started(loader)
         self.following = index + self.processes
         try:
             return next(self.ahead)
@@ -99,6 +99,16 @@ class ByteTask:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Nothing to restore."""
+
+
+def _started(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Its workers, whose end is found when a batch is asked for: PyTorch's handler would raise anywhere in a step."""
+    if current_thread() is not main_thread() or not hasattr(signal, "SIGCHLD"):  # where PyTorch sets no handler
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    ahead = iter(loader)
+    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return ahead
 
 
 def _deaf(_: int) -> None:
