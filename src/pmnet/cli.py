@@ -5,13 +5,15 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
+from typer.core import TyperGroup
 
 from pmnet.cli_bench import bench_command, flops_command
 from pmnet.cli_demo import demo_command
@@ -27,7 +29,19 @@ from pmnet.model.load import load_model
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
+
+class _Commands(TyperGroup):
+    """The subcommands, whose arguments may not be empty, as a shell variable that was never set leaves them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for before, argument in pairwise(["pmnet", *args]):
+            option = argument.removesuffix("=") if argument.startswith("--") else before
+            if (argument == "" or argument == f"{option}=") and option != "--prompt":
+                raise typer.BadParameter(f"an empty argument after {option}")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False)
 evaluate = typer.Typer(no_args_is_help=True, help="Measure a trained model.")
 app.add_typer(evaluate, name="eval")
 gradients = typer.Typer(
