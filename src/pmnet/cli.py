@@ -31,13 +31,12 @@ from pmnet.train.loop import TrainingInterrupted, TrainingStopped
 
 
 class _Commands(TyperGroup):
-    """The subcommands, whose arguments may not be empty, as a shell variable that was never set leaves them."""
+    """The subcommands, whose folders may not be empty, as a shell variable that was never set leaves them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for before, argument in pairwise(["pmnet", *args]):
-            option = argument.removesuffix("=") if argument.startswith("--") else before
-            if (argument == "" or argument == f"{option}=") and option != "--prompt":
-                raise typer.BadParameter(f"an empty argument after {option}")
+        for option in ("--data", "--from", "--out", "--save"):
+            if f"{option}=" in args or (option, "") in pairwise(args):
+                raise typer.BadParameter(f"{option} is empty")
         return super().parse_args(ctx, args)
 
 
