@@ -49,6 +49,9 @@ def test_scores_count_bytes_and_strings():
     assert one.exact == 0.0
     assert one.letters == pytest.approx(3 / 4)  # EOS is not counted
     assert (one.low, one.high) == wilson(0, 6)
+    assert one.places == (1, 0, 1, 1, 1)
+    mixed = CopyPaste((1, 4), (10, 10))  # answers of other lengths are counted where they have a byte
+    assert len(measure(Oracle(3), mixed, strings=40, seed=0, rows=2).places) == 5
     assert measure(Oracle(3), problem, strings=50, seed=0).letters < 0.1
 
 

@@ -37,6 +37,7 @@ class Score:
         strings: answers tried.
         exact, low, high: share of answers that are exact, and its 95 % Wilson interval.
         letters: share of single bytes right; EOS, which is part of some answers, is not counted.
+        places: share of answers that are right at their first byte, their second and so on, EOS included.
     """
 
     strings: int
@@ -44,6 +45,7 @@ class Score:
     low: float
     high: float
     letters: float
+    places: tuple[float, ...]
 
     def facts(self) -> dict[str, Any]:
         """JSON-able values."""
@@ -138,10 +140,18 @@ def measure(
         The score.
     """
     generator, exact, right, letters = torch.Generator().manual_seed(seed), 0, 0, 0
+    places, tried = torch.zeros(2, 0, dtype=torch.long)
     for start in range(0, strings, rows):
         count = min(rows, strings - start)
         found, ids = answers(model, problem.draw(count, generator), on_bytes)
         exact += int(found.all(1).sum())
         right += int(found[ids < 256].sum())
         letters += int((ids < 256).sum())
-    return Score(strings, exact / strings, *wilson(exact, strings), right / letters)
+        places, tried = _added(places, found.sum(0)), _added(tried, torch.ones_like(found).sum(0))
+    by_place = tuple((places / tried).tolist())
+    return Score(strings, exact / strings, *wilson(exact, strings), right / letters, by_place)
+
+
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of two vectors, the shorter one padded with zeros."""
+    return torch.nn.utils.rnn.pad_sequence([one, other]).sum(1)
