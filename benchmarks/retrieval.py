@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.pages import Json, load, metrics, table
 
+OUTSIDE = ("Eight slots", "Short gaps", "Longer strings", "Quiet filler", "Twelve letters", "Wide window")
 ROOT = Path(__file__).parent.parent / "results" / "retrieval"
 
 
@@ -23,7 +24,7 @@ def page(root: Path) -> str:
         *_section("The model of `models/copy-paste`", _cells(root.glob("box/*/copy-paste.json"))),
         *(
             line
-            for title in ("Eight slots", "Short gaps", "Longer strings", "Quiet filler")
+            for title in OUTSIDE
             for folder in sorted(root.glob(f"{title.lower().replace(' ', '-')}/*"))
             for line in _section(
                 f"{title}: a model that is not in the box, `{folder.parent.name}/{folder.name}`",
