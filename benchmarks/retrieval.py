@@ -6,7 +6,14 @@ from typing import Any
 
 from benchmarks.pages import Json, load, metrics, table
 
-OUTSIDE = ("Eight slots", "Short gaps", "Longer strings", "Quiet filler", "Twelve letters", "Wide window")
+OUTSIDE = (  # models that are not in the box
+    "Eight slots",
+    "Short gaps",
+    "Longer strings",
+    "Quiet filler",
+    "Twelve letters",
+    "Wide window",
+)
 ROOT = Path(__file__).parent.parent / "results" / "retrieval"
 
 

@@ -148,7 +148,7 @@ def measure(
         right += int(found[ids < 256].sum())
         letters += int((ids < 256).sum())
         places, tried = _added(places, found.sum(0)), _added(tried, torch.ones_like(found).sum(0))
-    by_place = tuple((places / tried).tolist())
+    by_place = tuple((places.double() / tried).tolist())
     return Score(strings, exact / strings, *wilson(exact, strings), right / letters, by_place)
 
 
