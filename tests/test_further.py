@@ -16,8 +16,8 @@ from tests.conftest import run_cli, small_config
 from tests.test_cli import fails
 
 
-def folder(path, name="pmnet", dtype=torch.float32):
-    config = small_config("deep")
+def folder(path, name="pmnet", dtype=torch.float32, **changes):
+    config = small_config("deep", **changes)
     config.auto_map = {"AutoConfig": "pmnet_config.PMNetConfig"}
     model = AutoModelForCausalLM.from_config(config if name == "pmnet" else control(name, config), dtype=dtype)
     model.save_pretrained(path)
@@ -60,6 +60,16 @@ def test_window_and_grid_may_change_because_no_weight_depends_on_them(tmp_path):
     facts = json.loads((run / "config.json").read_text())
     assert (facts["model"]["sliding_window"], facts["model"]["phase_bits"]) == (5, 9)
     assert facts["recipe"]["gap"] == config.receptive_field != small_config("deep").receptive_field
+
+
+@pytest.mark.parametrize(("had", "options", "expected"), [(5, (), 34), (40, (), 40), (5, ("--window", 6), 6)])
+def test_a_second_half_widens_the_window_unless_told(tmp_path, had, options, expected):
+    start, run = folder(tmp_path / "start", sliding_window=had), tmp_path / "run"
+    code, printed = further(start, run, "--preset", "box-finish", "--steps", 1, "--size", 2, *options)
+    assert code == 0, printed
+    facts = json.loads((run / "config.json").read_text())
+    assert facts["model"]["sliding_window"] == expected
+    assert facts["recipe"]["gap"] == small_config("deep", sliding_window=expected).receptive_field
 
 
 def test_a_run_resumes_from_its_checkpoint_and_not_from_the_start(tmp_path):

@@ -129,11 +129,16 @@ def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, pha
 
 
 def _further(recipe: Recipe, start: Path, window: int | None, phase_bits: int | None) -> Recipe:
-    """The recipe with the model of a folder, in float32, and its reach; no weight depends on window or phase bits."""
+    """The recipe with the model of a folder, in float32, and its reach; no weight depends on window or phase bits.
+
+    Where the recipe is a second half, the window becomes as wide as the recipe has it, if it was narrower.
+    """
     model = load_any(start).config
     if model.vocab_size <= COPY:
         raise ValueError(f"{start} knows {model.vocab_size} ids; bytes and their control ids need {COPY + 1}")
     model.dtype = "float32"
+    if recipe.finish and isinstance(model, PMNetConfig):
+        window = window or max(model.sliding_window, recipe.model.sliding_window)
     recipe = _changed(replace(recipe, model=model, start=str(start), silent_reads=False), window, phase_bits)
     return replace(recipe, gap=model.receptive_field) if isinstance(model, PMNetConfig) else recipe
 
