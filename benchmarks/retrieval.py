@@ -13,6 +13,7 @@ OUTSIDE = (  # models that are not in the box
     "Quiet filler",
     "Twelve letters",
     "Wide window",
+    "Eight heads",
 )
 ROOT = Path(__file__).parent.parent / "results" / "retrieval"
 
