@@ -10,6 +10,7 @@ import torch
 from transformers import TextIteratorStreamer
 
 import pmnet
+from pmnet import PMNetCache
 from pmnet.model.stream import stream_bytes
 from tests.conftest import assert_same_state, random_ids, small_model
 
@@ -92,7 +93,7 @@ def test_streamer(model):
 
 def test_generation_continues_a_state(model):
     ids = random_ids(1, 20)
-    cache = pmnet.PMNetCache(model.config)
+    cache = PMNetCache(model.config)
     with torch.no_grad():
         model(ids[:, :15], past_key_values=cache)
     continued = model.generate(ids, past_key_values=cache, max_new_tokens=6, do_sample=False, **QUIET)
@@ -101,7 +102,7 @@ def test_generation_continues_a_state(model):
 
 
 def test_the_state_has_constant_size(model):
-    cache = pmnet.PMNetCache(model.config, 2)
+    cache = PMNetCache(model.config, 2)
     before = cache.nbytes
     with torch.no_grad():
         for length in (1, 100, 3):
@@ -114,7 +115,7 @@ def test_the_state_has_constant_size(model):
 
 def test_reorder_repeat_select_reset_crop_clone(model):
     ids, more = random_ids(3, 12), random_ids(1, 5, seed=1)
-    cache = pmnet.PMNetCache(model.config, 3)
+    cache = PMNetCache(model.config, 3)
     with torch.no_grad():
         model(ids, past_key_values=cache)
         fork = cache.clone()
@@ -127,6 +128,8 @@ def test_reorder_repeat_select_reset_crop_clone(model):
         empty = model(more.expand(3, -1)).logits
         with pytest.raises(ValueError, match="cropped to empty"):
             cache.crop(-3)
+        with pytest.raises(ValueError, match="cropped to empty"):
+            cache.crop(12)  # a length to keep, in transformers 5.17
         cache.crop(-12)
         assert cache.columns == 0
         assert torch.equal(model(more.expand(3, -1), past_key_values=cache).logits, empty)
@@ -135,14 +138,14 @@ def test_reorder_repeat_select_reset_crop_clone(model):
 
 
 def test_the_state_moves_to_another_device(model):
-    cache = pmnet.PMNetCache(model.config)
+    cache = PMNetCache(model.config)
     assert cache.to("meta") is cache
     assert {tensor.device.type for tensor in [*cache.memory, cache.seen, cache.window[0].keys]} == {"meta"}
 
 
 def test_training_through_a_carried_state_detached(model):
     network = small_model("deep").train()
-    cache = pmnet.PMNetCache(network.config, 2)
+    cache = PMNetCache(network.config, 2)
     for seed in range(3):
         ids = random_ids(2, 10, seed)
         network(ids, past_key_values=cache, labels=ids).loss.backward()
@@ -154,7 +157,7 @@ def test_training_through_a_carried_state_detached(model):
 def test_another_process_continues_with_identical_output(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     ids, more = random_ids(2, 33), random_ids(2, 9, seed=1)
-    cache = pmnet.PMNetCache(model.config, 2)
+    cache = PMNetCache(model.config, 2)
     with torch.no_grad():
         model(ids, past_key_values=cache)
         cache.save(tmp_path / "state.safetensors")
@@ -175,7 +178,7 @@ def test_damaged_or_foreign_states_are_named(model, tmp_path):
     path = tmp_path / "state.safetensors"
     with pytest.raises(FileNotFoundError, match="no state file"):
         pmnet.PMNetCache.load(path)
-    pmnet.PMNetCache(model.config).save(path)
+    PMNetCache(model.config).save(path)
     data = path.read_bytes()
     path.write_bytes(data[:-8])
     with pytest.raises(ValueError, match="damaged"):
@@ -184,19 +187,19 @@ def test_damaged_or_foreign_states_are_named(model, tmp_path):
     with pytest.raises(ValueError, match="not a PMNetCache"):
         pmnet.PMNetCache.load(tmp_path / "model" / "model.safetensors")
     with pytest.raises(ValueError, match="does not fit"), torch.no_grad():
-        model(random_ids(1, 2), past_key_values=pmnet.PMNetCache(small_model("wide").config))
+        model(random_ids(1, 2), past_key_values=PMNetCache(small_model("wide").config))
     with pytest.raises(ValueError, match="does not fit"), torch.no_grad():
-        model(random_ids(1, 2), past_key_values=pmnet.PMNetCache(model.config, 2))
+        model(random_ids(1, 2), past_key_values=PMNetCache(model.config, 2))
 
 
 def test_a_stream_of_a_published_model_begins_with_its_own_bos_and_draws_no_special_ids():
     model = small_model("deep", pad_token_id=0, bos_token_id=254, eos_token_id=255)
-    cache = pmnet.PMNetCache(model.config)
+    cache = PMNetCache(model.config)
     torch.manual_seed(0)
     drawn = b"".join(stream_bytes(model, b"ab", cache, 1500, temperature=100.0))  # nearly uniform
     assert len(set(drawn)) > 240
     assert not {0, 254, 255} & set(drawn)
-    expected = pmnet.PMNetCache(model.config)
+    expected = PMNetCache(model.config)
     with torch.no_grad():
         model(torch.tensor([[254, *b"ab", *drawn]]), past_key_values=expected)
     assert_same_state(cache, expected)
@@ -204,7 +207,7 @@ def test_a_stream_of_a_published_model_begins_with_its_own_bos_and_draws_no_spec
 
 def test_an_empty_nucleus_and_the_smallest_temperature_are_greedy(model):
     streams = (
-        b"".join(stream_bytes(model, b"ab", pmnet.PMNetCache(model.config), 20, temperature, top_p))
+        b"".join(stream_bytes(model, b"ab", PMNetCache(model.config), 20, temperature, top_p))
         for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1e-45, 1.0), (1e-320, 1.0))
     )
     assert next(streams) == next(streams) == next(streams)
@@ -212,15 +215,15 @@ def test_an_empty_nucleus_and_the_smallest_temperature_are_greedy(model):
 
 def test_a_state_that_cannot_be_written_is_named_and_leaves_nothing(model, tmp_path):
     with pytest.raises(OSError, match="nowhere"):
-        pmnet.PMNetCache(model.config).save(tmp_path / "nowhere" / "state.safetensors")
+        PMNetCache(model.config).save(tmp_path / "nowhere" / "state.safetensors")
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        pmnet.PMNetCache(model.config).save(tmp_path / "folder")
+        PMNetCache(model.config).save(tmp_path / "folder")
     assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
 
 
 def test_generate_says_what_a_state_has_read(model):
-    cache, ids = pmnet.PMNetCache(model.config), random_ids(1, 9)
+    cache, ids = PMNetCache(model.config), random_ids(1, 9)
     with torch.no_grad():
         model(ids, past_key_values=cache)
     for given in (ids[:, :4], ids):
@@ -236,7 +239,7 @@ def test_what_is_generated_belongs_to_the_last_document(model):
         found = model.generate(ids, document_ids=documents, use_cache=use_cache, **plain)
         for step, expected in zip(found.logits, alone.logits, strict=True):
             torch.testing.assert_close(step, expected, atol=1e-5, rtol=0)
-    cache = pmnet.PMNetCache(model.config, 2)
+    cache = PMNetCache(model.config, 2)
     with torch.no_grad():
         model(ids, document_ids=documents, past_key_values=cache)
     more = torch.cat([ids, random_ids(2, 3)], dim=1)
@@ -253,10 +256,10 @@ def test_a_long_prompt_is_read_in_chunks(model, monkeypatch):
         return original(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", counted)
-    cache, prompt = pmnet.PMNetCache(model.config), bytes(range(1, 251)) * 10
+    cache, prompt = PMNetCache(model.config), bytes(range(1, 251)) * 10
     drawn = b"".join(stream_bytes(model, prompt, cache, 2, temperature=0.0))
     assert lengths == [1024, 1024, 453, 1, 1]
-    expected = pmnet.PMNetCache(model.config)
+    expected = PMNetCache(model.config)
     with torch.no_grad():
         model(torch.tensor([[257, *prompt, *drawn]]), past_key_values=expected)
     assert_same_state(cache, expected)
@@ -267,4 +270,25 @@ def test_scores_that_are_not_finite_are_named():
     with torch.no_grad():
         model.model.norm.weight.fill_(math.inf)
     with pytest.raises(ValueError, match="not finite"):
-        next(stream_bytes(model, b"a", pmnet.PMNetCache(model.config), 1))
+        next(stream_bytes(model, b"a", PMNetCache(model.config), 1))
+
+
+def test_a_state_that_has_read_is_not_read_into_again(model):
+    ids = random_ids(1, 12)
+    for again in ({"use_cache": False}, {"prefill_chunk_size": 4}):
+        cache = PMNetCache(model.config)
+        with torch.no_grad():
+            model(ids[:, :6], past_key_values=cache)
+        with pytest.raises(ValueError, match="reads everything again"):
+            model.generate(ids, past_key_values=cache, max_new_tokens=2, **again)
+        assert cache.columns == 6
+
+
+def test_rows_are_selected_by_a_mask_too(model):
+    cache = PMNetCache(model.config, 3)
+    with torch.no_grad():
+        model(random_ids(3, 9), past_key_values=cache)
+    other = cache.clone()
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    other.batch_select_indices(torch.tensor([0, 2]))
+    assert_same_state(cache, other)

@@ -142,3 +142,60 @@ def test_a_larger_vocabulary_keeps_the_exact_head():
     with torch.no_grad():
         steps = torch.cat([model(part, past_key_values=cache).logits for part in ids.split(1, dim=1)], dim=1)
         assert torch.equal(steps, model(ids).logits)
+
+
+def test_labels_of_another_kind_or_length_are_refused_before_the_state_moves():
+    model, ids = small_model("period"), random_ids(1, 7)
+    cache = pmnet.PMNetCache(model.config)
+    model(ids, past_key_values=cache)
+    for labels, keep in (
+        (ids.int(), 0),
+        (ids.float(), 0),
+        (ids[:, :5], 0),
+        (ids, 2),
+        (ids, torch.tensor([3])),
+        (ids[0], 0),
+    ):
+        with pytest.raises(ValueError, match=r"labels must be int64 \[batch, "):
+            model(ids, past_key_values=cache, labels=labels, logits_to_keep=keep)
+    assert cache.columns == 7
+    assert torch.isfinite(model(ids, labels=ids[:, -3:], logits_to_keep=3).loss)
+
+
+def test_labels_under_padding_are_ignored_by_the_given_number():
+    model, ids = small_model("period"), random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    labels = ids.masked_fill(mask == 0, 256)
+    usual = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+    assert torch.equal(model(ids, attention_mask=mask, labels=labels, ignore_index=256).loss, usual)
+
+
+def test_the_base_model_refuses_packing_that_only_other_kernels_know():
+    with pytest.raises(ValueError, match="cu_seq_lens_q alone"):
+        small_model("period").model(random_ids(1, 6), cu_seq_lens_q=torch.tensor([0, 3, 6], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_no_rows_have_no_gradient(backend):
+    for model in (small_model("period").train(), small_model("period").bfloat16()):
+        with use_backend(backend):
+            model(random_ids(2, 40)[:0]).logits.sum().backward()
+        assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_negative_positions_beside_padding_continue_their_document():
+    model, ids = small_model("period"), random_ids(1, 12)
+    mask = torch.ones_like(ids)
+    mask[:, 4:6] = 0
+    positions = torch.where(mask == 1, mask.cumsum(1) - 21, 0)
+    whole = model(ids, attention_mask=mask, position_ids=positions).logits
+    cache, parts = pmnet.PMNetCache(model.config), []
+    for cut in (slice(0, 6), slice(6, 12)):
+        parts.append(
+            model(
+                ids[:, cut], attention_mask=mask[:, cut], position_ids=positions[:, cut], past_key_values=cache
+            ).logits
+        )
+    assert torch.equal(torch.cat(parts, 1)[mask == 1], whole[mask == 1])

@@ -139,3 +139,11 @@ def test_special_tokens_keep_their_ids_when_they_are_saved(tmp_path, change, pub
 
 def test_ids_of_a_padded_vocabulary_can_be_decoded():
     assert pmnet.ByteTokenizer().decode([72, 400]) == "H<reserved_400>"
+
+
+def test_a_tokenizer_is_as_long_as_its_ids_reach():
+    for tokenizer in (pmnet.ByteTokenizer(), pmnet.ByteTokenizer(published_ids=True)):
+        assert len(tokenizer) == 384
+        tokenizer.add_tokens(["<t>"])
+        assert tokenizer.convert_tokens_to_ids("<t>") == 384
+        assert len(tokenizer) == 385

@@ -175,17 +175,16 @@ class PMNetCache(Cache):
         """Crop to empty; anything else is impossible for a state of constant size.
 
         Args:
-            tokens_to_remove: 0 (nothing happens), or plus or minus the number of columns read (empties the cache).
+            tokens_to_remove: 0 (nothing happens), or minus the number of columns read (empties the cache).
 
         Raises:
-            ValueError: for any other count.
+            ValueError: for any other count; a positive one is read as a length to keep by some versions.
         """
         if tokens_to_remove == 0:
             return
-        if abs(tokens_to_remove) != self.columns:
+        if tokens_to_remove != -self.columns:
             raise ValueError(
-                f"PMNetCache can only be cropped to empty: it has read {self.columns} positions, "
-                f"asked to remove {abs(tokens_to_remove)}"
+                f"PMNetCache can only be cropped to empty: crop({-self.columns}), not crop({tokens_to_remove})"
             )
         self.reset()
 
@@ -217,8 +216,8 @@ class PMNetCache(Cache):
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the given rows, int64 `[B']`."""
-        self._map(lambda tensor: tensor.index_select(0, indices.to(tensor.device)))
+        """Keep the given rows, int64 `[B']`, or bool `[B]`."""
+        self._map(lambda tensor: tensor[indices.to(tensor.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times, copies side by side."""
@@ -249,7 +248,7 @@ class PMNetCache(Cache):
         Cache.__init__(cache, layers=[])
         cache._ring = None
         try:
-            with safe_open(path, "pt", device=str(device)) as file:
+            with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a PMNetCache file")
@@ -269,15 +268,15 @@ class PMNetCache(Cache):
                 raise ValueError(f"{path} is damaged: its keys and values are not finite")
         except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
-        return cache
+        return cache.to(device)
 
     def tensors(self) -> list[Tensor]:
         """The whole state: memory by level, keys and values by layer, the counters."""
         return list(self._tensors().values())
 
     @classmethod
-    def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int = 1) -> "PMNetCache":
-        """The state that `tensors()` of a model's cache describes; `columns` must be 0 only if nothing was read."""
+    def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int) -> "PMNetCache":
+        """The state that `tensors()` of a model describes; `generate` skips as many ids as `columns` were read."""
         cache = object.__new__(cls)
         Cache.__init__(cache, layers=[])
         levels, layers = config.num_levels, config.num_hidden_layers

@@ -32,9 +32,19 @@ def check_hidden(hidden: Tensor, config: PMNetConfig) -> None:
         raise ValueError(f"inputs_embeds must be floating, got {hidden.dtype}")
 
 
-def check_labels(labels: Tensor | None, vocab_size: int, ignored: int) -> None:
-    """ValueError for labels that are neither ids nor ignored: found later, the state would have moved already."""
-    if labels is not None and labels.device.type == "cpu" and not torch.compiler.is_compiling():
+def check_labels(labels: Tensor, vocab_size: int, ignored: int, length: int, keep: int | Tensor) -> None:
+    """ValueError unless labels are int64, one for each logit that is kept of `length`, and each an id or ignored.
+
+    Found later, the state would have moved already.
+    """
+    if isinstance(keep, Tensor):
+        length = keep.shape[0]
+    elif keep:
+        length = min(keep, length)
+    if labels.dtype != torch.int64 or labels.dim() != 2 or labels.shape[1] != length:
+        wanted = f"int64 [batch, {length}], one for each logit"
+        raise ValueError(f"labels must be {wanted}, got {labels.dtype} {tuple(labels.shape)}")
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ValueError(f"labels must lie in [0, {vocab_size}) or be {ignored}, got {int(wrong[0])}")

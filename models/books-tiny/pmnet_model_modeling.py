@@ -134,6 +134,7 @@ class PMNetModel(PMNetPreTrainedModel):
             ValueError: if ids are out of range, shapes do not agree, or the state is another model's.
             NotImplementedError: inside forward-mode differentiation, which the operators do not have.
         """
+        check_packing(position_ids, document_ids, kwargs)
         if inputs_embeds is not None and input_ids is None:
             hidden = inputs_embeds
         elif input_ids is not None and inputs_embeds is None:
@@ -236,8 +237,10 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         Raises:
             ValueError: as `PMNetModel.forward`.
         """
-        check_packing(position_ids, document_ids, kwargs)
-        check_labels(labels, self.config.vocab_size, kwargs.get("ignore_index", -100))
+        ignored = kwargs.get("ignore_index", -100)
+        given = inputs_embeds if input_ids is None else input_ids
+        if labels is not None and given is not None:
+            check_labels(labels, self.config.vocab_size, ignored, given.shape[1], logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -248,6 +251,7 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
             document_ids=document_ids,
             output_hidden_states=output_hidden_states,
             return_dict=True,
+            **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
@@ -255,7 +259,7 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         if labels is not None:
             if attention_mask is not None:
                 padding = attention_mask[:, -labels.shape[1] : -1] == 0
-                labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(padding, -100)], dim=1)
+                labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(padding, ignored)], dim=1)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

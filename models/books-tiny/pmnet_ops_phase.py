@@ -235,7 +235,7 @@ def _save_geometry(ctx: Any, inputs: tuple[Tensor | None, Tensor, Tensor], outpu
 def _gradient_of_phases(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     groups, found = ctx.saved_tensors
     grad = _geometry_backward(found, upstream)
-    anchors = sum_rows(grad.view(groups.numel(), -1), groups, ctx.anchors[0]).view(ctx.anchors)
+    anchors = sum_rows(grad.flatten(0, 1).flatten(1), groups, ctx.anchors[0]).view(ctx.anchors)
     return grad if ctx.has_field else None, anchors, None
 
 

@@ -57,7 +57,7 @@ class ByteTokenizer(PreTrainedTokenizer):
         roles = {str(names[role]): known.get(str(names[role]), i) for role, i in usual.items()}
         self._special_ids = {token: i for token, i in (kept | roles).items() if i < VOCAB_SIZE}
         self._added_tokens_decoder = {i: AddedToken(t, special=True) for t, i in self._special_ids.items()}
-        self._ids = self.get_vocab()
+        self._ids = {self._convert_id_to_token(i): i for i in range(256)} | self.get_vocab()
         self._added_tokens_decoder |= {i: token for i, token in saved.items() if i >= VOCAB_SIZE}
         kwargs["split_special_tokens"] = True
         super().__init__(errors=errors, published_ids=published_ids, **names, **kwargs)
@@ -68,9 +68,10 @@ class ByteTokenizer(PreTrainedTokenizer):
         return VOCAB_SIZE
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id, added ones included; a special token is listed beside the byte whose id it shares."""
-        added = {token.content: i for i, token in self._added_tokens_decoder.items()}
-        return {self._convert_id_to_token(i): i for i in range(VOCAB_SIZE)} | added
+        """Token to id, added ones included, one for each id: a special token stands for the byte whose id it shares."""
+        names = {i: self._convert_id_to_token(i) for i in range(VOCAB_SIZE)}
+        names |= {i: token.content for i, token in self._added_tokens_decoder.items()}
+        return {token: i for i, token in names.items()}
 
     def encode_bytes(self, data: bytes) -> list[int]:
         """Ids of raw bytes, one each."""

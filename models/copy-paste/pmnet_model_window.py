@@ -57,7 +57,7 @@ class Blocks:
 
     def positions(self, y: Tensor) -> Tensor:
         """`[B * S, BLOCK, H, E]` back to `[B, T, H * E]`."""
-        y = y.reshape(y.shape[0] // self.count, self.count * BLOCK, -1)
+        y = y.reshape(y.shape[0] // self.count, self.count * BLOCK, y.shape[2] * y.shape[3])
         return y[:, : self.length] if self.slot_index is None else take_rows(y, self.slot_index)
 
 

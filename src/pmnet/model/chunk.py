@@ -55,7 +55,7 @@ class Chunk:
             current = current if valid is None else current & valid
             continued = documents[:, -1] == 0
             in_document = current.sum(1) + torch.where(continued, cache.in_document, 0)
-            last = torch.where(current, self.positions, -1).amax(1) + 1
+            last = self.positions.masked_fill(~current, torch.iinfo(torch.int64).min).amax(1) + 1
             next_position = torch.where(current.any(1), last, cache.next_position)
         cache.replace(memory, kept, (cache.seen + read, in_document, next_position), cache.columns + self.columns)
 

@@ -30,7 +30,7 @@ class DecodeStep(nn.Module):
         Returns:
             Next-token logits `[B, 1, V]` and the state after the position, in the same order.
         """
-        cache = PMNetCache.from_tensors(self.model.config, [tensor.clone() for tensor in state])
+        cache = PMNetCache.from_tensors(self.model.config, [tensor.clone() for tensor in state], columns=1)
         logits = self.model(input_ids, past_key_values=cache).logits
         return logits, cache.tensors()
 

@@ -32,14 +32,20 @@ class PMNetGenerationMixin(GenerationMixin):
         Documents become positions that begin again: those have a place for what is generated, and can be cut anywhere.
 
         Raises:
-            ValueError: if both are given.
+            ValueError: if both are given; if a state that has read something would be given all of it again.
         """
+        brought = model_kwargs.get("past_key_values")
+        if brought is not None and brought.get_seq_length():
+            # what `generate` does then starts at the first id, every time
+            again = "use_cache=False" if generation_config.use_cache is False else "prefill_chunk_size"
+            if generation_config.use_cache is False or generation_config.prefill_chunk_size is not None:
+                raise ValueError(f"generate with {again} reads everything again: a state that has read cannot be given")
         documents = model_kwargs.pop("document_ids", None)
         if documents is not None:
             if model_kwargs.get("position_ids") is not None:
                 raise ValueError("generate takes document_ids or position_ids, not both")
             model_kwargs["position_ids"] = positions_within(changes(documents), None)
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        if brought is None and generation_config.use_cache is not False:
             rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             given = (value.device for value in model_kwargs.values() if isinstance(value, torch.Tensor))
             device = next(given, self.device)  # the model's own says nothing where its weights are offloaded
@@ -61,6 +67,8 @@ class PMNetGenerationMixin(GenerationMixin):
             ValueError: if nothing is left then.
         """
         if next_sequence_length is not None and next_sequence_length < 1:
+            if not input_ids.shape[1]:
+                raise ValueError("generate needs a prompt of at least one id")
             raise ValueError(
                 f"generate takes everything from the beginning, and this state has read all {input_ids.shape[1]} ids: "
                 "pmnet.stream_bytes continues a state with new bytes alone"
