@@ -153,8 +153,22 @@ def _memory(title: str, paths: list[Path]) -> list[str]:
                  "by a filler byte", "same group", "same slot", "phases that filler turned"]  # fmt: skip
         without = [[name, *map(_percent, right.values())] for name, right in stored["without"].items()]
         parts.append(f"### {path.parent.name}, strings of {stored['size']}")
-        parts += [table(heads, rows), table(["set to zero", "exact", "bytes right"], without)]
+        parts += [table(heads, rows), table(["set to zero", "exact", "bytes right"], without), *_slots(stored)]
     return [f"## {title}", *parts] if parts else []
+
+
+def _slots(stored: Json) -> list[str]:
+    """Which letters share a slot, of every level that letters turn, and in how many strings each is right."""
+    found = [
+        [str(index), f"{group}.{slot}", ", ".join(str(n + 1) for n in letters),
+         ", ".join(f"{level['places'][n]['weight']:.2f}" for n in letters),
+         ", ".join(f"{100 * stored['right'][n]:.1f} %" for n in letters)]
+        for index, level in enumerate(stored["levels"]) if level["letters"]["turned"] > 0
+        for group, slot in sorted({(p["group"], p["slot"]) for p in level.get("places", []) if p["turned"] > 0.01})
+        for letters in [[n for n, p in enumerate(level["places"]) if (p["group"], p["slot"]) == (group, slot)]]
+    ]  # fmt: skip
+    heads = ["level", "group.slot", "letters that mostly turn it", "mean weight of each", "right, of each"]
+    return [table(heads, found)] if found else []
 
 
 def _percent(share: float) -> str:

@@ -97,6 +97,16 @@ def test_the_control_is_the_same_model_without_recurrence():
 def test_the_inspector_measures_what_it_says():
     model = small_model("period")
     found = mechanism(model, length=3, gap=50, strings=4, drift=3000, seed=0)
+    assert all(0 <= share <= 1 for share in found["right"])
+    for level in found["levels"]:
+        assert len(level["places"]) == len(found["right"]) == 3
+        assert sum(place["turned"] for place in level["places"]) / 3 == pytest.approx(level["letters"]["turned"])
+        for place in level["places"]:
+            assert place["group"] < level["groups"]
+            assert place["slot"] < model.config.num_memory
+            assert 1 / 4 <= place["share"] <= 1
+            assert 0 < place["weight"] < 1
+    assert found["without"]["nothing"]["letters"] == pytest.approx(sum(found["right"]) / 3)
     json.dumps(found)
     assert len(found["levels"]) == 2
     root, leaf = found["levels"]
@@ -110,6 +120,7 @@ def test_the_inspector_measures_what_it_says():
             for parameter in module.memory_write_module.proj_out.parameters():
                 parameter.data.zero_()
     still = mechanism(model, length=3, gap=50, strings=4, drift=3000, seed=0)
+    assert all(place["turned"] == 0 for level in still["levels"] for place in level["places"])
     for level in still["levels"]:
         assert level["drift_phases"] == level["filler"]["turned"] == level["letters"]["turned"] == 0.0
 

@@ -45,8 +45,9 @@ def mechanism(
         ValueError: if the gap is within the reach of the attention: no filler is then beyond it.
 
     Returns:
-        `levels`: per level, occupancy, rotations, agreement and drift; `without`: shares of exact strings and of right
-        bytes with nothing taken away, with the state of one level set to zero before PASTE, and with its anchors zero.
+        `levels`: per level, occupancy, rotations, agreement, drift, and `places`: what each letter of a string turns;
+        `right`: share of strings that have each letter right; `without`: shares of exact strings and of right bytes
+        with nothing taken away, with the state of one level set to zero before PASTE, and with its anchors zero.
     """
     if gap <= model.config.receptive_field:
         raise ValueError(f"a gap of {gap} bytes is within the reach of attention, {model.config.receptive_field}")
@@ -59,8 +60,9 @@ def mechanism(
     def advance(count: int) -> None:
         on_bytes(count, total)
 
+    ids = episodes.dense()[0]
     with traced(model) as traces:
-        model(episodes.dense()[0][:, :-1], use_cache=False)
+        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=length + 1).logits
     advance(each)
     string = slice(1, length + 1)  # COPY is column 0
     paste = length + 2 + gap
@@ -78,6 +80,7 @@ def mechanism(
                 "same_slot": [
                     _share(write["slot"][:, string].unsqueeze(2) == read[:, answer]) for read in reads
                 ],
+                "places": _places(write, string),
                 **drifts[level],
             }
         )  # fmt: skip
@@ -85,7 +88,8 @@ def mechanism(
     for name in names:
         without[name] = _without(model, episodes, length, name)
         advance(each)
-    return {"levels": levels, "without": without}
+    right = (logits.argmax(-1) == ids[:, -length - 1 :])[:, :-1].float().mean(0).tolist()
+    return {"levels": levels, "right": right, "without": without}
 
 
 def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:
@@ -98,6 +102,27 @@ def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:
         "turned": float(write["turned"][:, columns].mean()),
         "columns_that_turn": _share(write["turned"][:, columns] > 0),
     }
+
+
+def _places(write: dict[str, Tensor], columns: slice) -> list[dict[str, Any]]:
+    """Of each letter of a string: the group and slot it mostly turns, how often, its weight there, share of turns."""
+    slots = write["weights"].shape[2]
+    found = []
+    for group, slot, weights, turned in zip(
+        *(write[name][:, columns].unbind(1) for name in ("group", "slot", "weights", "turned")), strict=True
+    ):
+        place = group * slots + slot
+        usual = int(place.mode().values)
+        found.append(
+            {
+                "group": usual // slots,
+                "slot": usual % slots,
+                "share": _share(place == usual),
+                "weight": float(weights[:, usual % slots].mean()),
+                "turned": float(turned.mean()),
+            }
+        )
+    return found
 
 
 def _drift(model: PMNetForCausalLM, count: int, seed: int, advance: Callable[[int], None]) -> list[dict[str, float]]:
