@@ -261,3 +261,12 @@ def test_the_commands_store_what_they_measured(tmp_path):
     assert {(t["name"], t["total"], t["factor"], t["scale"]) for t in trials} >= {
         ("pmnet", 60, False, 1.0), ("lstm", 30, True, 3.0),
     }  # fmt: skip
+
+
+def test_without_recurrence_there_is_no_gradient_through_time():
+    model = small_model("period")
+    model.config.memory_cumsum = False
+    with pytest.raises(ValueError, match="memory_cumsum is off"):
+        through_time.jacobian(model, 8, 1, 0)
+    with pytest.raises(ValueError, match="memory_cumsum is off"):
+        saturation.spread(model, 8, 2, 0)

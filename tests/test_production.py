@@ -3,6 +3,7 @@
 import os
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -207,3 +208,44 @@ def test_a_checkpoint_without_an_untied_head_is_incomplete(tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="1 weights missing"):
         train(plan, build_ladder("copy-paste", plan), tmp_path / "run", resume=True)
+
+
+def test_a_link_is_written_through_and_a_pipe_left_alone(tmp_path):
+    pipe, link, real = tmp_path / "pipe", tmp_path / "link", tmp_path / "real"
+    os.mkfifo(pipe)
+    link.symlink_to(real)
+    with pytest.raises(OSError, match=r"could not write .*pipe: it is neither a file nor a folder"), replacing(pipe):
+        pass
+    assert pipe.is_fifo()
+    for text in ("one", "two"):
+        with replacing(link) as partial:
+            partial.write_text(text)
+        assert link.is_symlink()
+        assert real.read_text() == text
+
+
+def test_a_file_is_read_once_however_it_is_spelled(tmp_path, monkeypatch):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one").write_text("one")
+    (tmp_path / "texts" / "same").symlink_to("one")
+    monkeypatch.chdir(tmp_path)
+    files = open_files([Path("texts"), tmp_path / "texts", Path("texts/../texts/one")])
+    assert files.paths == (Path("texts/one"),)
+
+
+@pytest.mark.parametrize(("name", "change", "told"), [
+    ("0.0.exp_avg", lambda tensor: tensor[:1], "0.0.exp_avg is ["),
+    ("0.0.exp_avg", None, "0.0 lacks exp_avg"),
+    ("random", lambda tensor: tensor[:8], "random state has"),
+])  # fmt: skip
+def test_a_checkpoint_of_other_moments_is_refused(books, tmp_path, name, change, told):
+    out = ["--out", str(tmp_path / "run")]
+    train = ["train", "--preset", "demo", "--steps", "2", "--batch-size", "2", "--length", "16", "--data", str(books)]
+    assert run_cli([*train, *out])[0] == 0
+    file = tmp_path / "run" / "checkpoints" / "step-2" / "optimizer.safetensors"
+    tensors = load_file(file)
+    tensor = tensors.pop(name)
+    if change is not None:
+        tensors[name] = change(tensor).clone()
+    save_file(tensors, file)
+    fails([*train, *out, "--resume"], told)

@@ -127,7 +127,10 @@ def saturation_command(
             found.append({"name": name, "folder": folder, "filler": kind, "phase_bits": network.config.phase_bits,
                           "curve": curve})  # fmt: skip
             shown = ", ".join(f"{value:.3f}" for value in curve[-1]["levels"])
-            out.print(f"{folder or 'untrained'}, {kind}: circular variance {shown} after {longest:,}", highlight=False)
+            out.print(
+                f"{folder or 'untrained'}, {kind}: circular variance {shown} after {curve[-1]['bytes']:,}",
+                highlight=False,
+            )
     size = demo_model().memory_size
     models = []
     for seed in range(seeds):

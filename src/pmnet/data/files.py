@@ -58,7 +58,7 @@ class ByteFiles:
 
 
 def open_files(paths: list[Path]) -> ByteFiles:
-    """Collect files, and the files below folders (hidden ones excepted), in sorted order.
+    """Collect files, and the files below folders (hidden ones excepted), in sorted order, each once.
 
     Raises:
         FileNotFoundError: if a path does not exist, or a link in a folder leads nowhere.
@@ -79,7 +79,10 @@ def open_files(paths: list[Path]) -> ByteFiles:
             found.append(path)
         else:
             raise FileNotFoundError(f"no file or folder at {path}")
-    full = [p for p in dict.fromkeys(found) if p.stat().st_size > 0]
+    once: dict[str, Path] = {}  # a file may be named twice, in two spellings or by a link
+    for path in found:
+        once.setdefault(os.path.realpath(path), path)
+    full = [path for path in once.values() if path.stat().st_size > 0]
     if not full:
         raise ValueError(f"no bytes to read in {', '.join(map(str, paths))}")
     for path in full:

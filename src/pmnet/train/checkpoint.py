@@ -200,12 +200,30 @@ def load_checkpoint(
     if missing or any(len(found) not in (0, count) for found, count in zip(moments, expected, strict=True)):
         found = sum(map(len, moments))
         raise ValueError(f"checkpoint {folder} is incomplete: {len(missing)} weights missing, {found} moments")
+    for number, (optimizer, state) in enumerate(zip(optimizers, moments, strict=True)):
+        _check_moments(folder, number, optimizer, state)
+    if random.dtype != torch.uint8 or random.shape != torch.get_rng_state().shape:
+        raise ValueError(f"checkpoint {folder} is damaged: its random state has {list(random.shape)} {random.dtype}")
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(random)
     return schedules, facts
+
+
+def _check_moments(folder: Path, number: int, optimizer: torch.optim.Optimizer, state: dict[int, Any]) -> None:
+    """ValueError unless every parameter has the same moments, of its own shape: a kernel would read beyond others."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if set(state) - set(range(len(parameters))):
+        raise ValueError(f"checkpoint {folder} is of another optimizer: {number}.{max(state)} does not fit")
+    for index, found in state.items():
+        lacking = set().union(*state.values()) - set(found)
+        if lacking:
+            raise ValueError(f"checkpoint {folder} is incomplete: {number}.{index} lacks {', '.join(sorted(lacking))}")
+        for name, tensor in found.items():
+            if tensor.shape != (() if name == "step" else parameters[index].shape):
+                raise ValueError(f"checkpoint {folder} is damaged: {number}.{index}.{name} is {list(tensor.shape)}")
 
 
 def load_state(folder: Path) -> dict[str, Tensor]:

@@ -35,7 +35,12 @@ def spread(model: PMNetForCausalLM, longest: int, rows: int, seed: int, kind: st
         rows: B, at least 2.
         seed: of the bytes.
         kind: of filler that is read.
+
+    Raises:
+        ValueError: if the model's recurrence is off: its states are of one position.
     """
+    if not model.config.memory_cumsum:
+        raise ValueError("a state is not filled without recurrence: memory_cumsum is off in this model")
     filling = Filler(kind).draw(rows, longest, torch.Generator().manual_seed(seed))
     cache, found, done = PMNetCache(model.config, rows), [], 0
     for power in range(longest.bit_length()):
