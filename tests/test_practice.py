@@ -14,6 +14,7 @@ from pmnet.train import loop
 from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import TrainingInterrupted, train
 from pmnet.train.practice import Practice
+from pmnet.train.recipes import lm_tiny
 from pmnet.train.tasks import ByteTask
 from tests.conftest import run_cli
 from tests.test_cli import fails
@@ -110,3 +111,13 @@ def test_practice_on_the_command_line(books, tmp_path):
     code, printed = run_cli([str(word) for word in (*common, *options)])
     assert code == 0, printed
     assert json.loads((further / "metrics.jsonl").read_text().splitlines()[-1])["stage"] == 0  # as a whole at once
+
+
+@pytest.mark.parametrize("model", ["pmnet", "llama", "mamba2"])
+def test_controls_practise_beyond_the_same_reach(books, tmp_path, model):
+    train = ["train", "--preset", "tiny", "--data", books, "--batch-size", 2, "--length", 16, "--steps", 2]
+    options = ["--practice", 2, "--size", 2, "--no-carry", "--model", model, "--out", tmp_path / "run"]
+    code, printed = run_cli([str(word) for word in (*train, *options)])
+    assert code == 0, printed
+    facts = json.loads((tmp_path / "run" / "config.json").read_text())["recipe"]
+    assert facts["gap"] == lm_tiny().model.receptive_field == 61

@@ -74,6 +74,8 @@ def train_command(
         "seed": seed, "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
     recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
+    if recipe.practice is not None:  # copy-paste beyond the reach of the preset's PMNet, for its controls too
+        recipe = replace(recipe, gap=recipe.model.receptive_field)
     if recipe.finish and start is None:
         raise ValueError(f"preset {name} is the second half of a training: give the model of the first with --from")
     if start is None:
@@ -170,6 +172,5 @@ def _byte_task(data: list[Path], recipe: Recipe, workers: int, processes: int) -
 def _practised(recipe: Recipe, processes: int) -> Ladder:
     """Copy-paste beside text: as a whole if the model has been trained before, or else from the first stage up."""
     assert recipe.practice is not None
-    gap = recipe.model.receptive_field if isinstance(recipe.model, PMNetConfig) else recipe.gap
-    part = replace(recipe, gap=gap, steps=recipe.steps // recipe.practice, finish=recipe.start is not None)
+    part = replace(recipe, steps=recipe.steps // recipe.practice, finish=recipe.start is not None)
     return build_ladder("copy-paste", part, processes)
