@@ -13,9 +13,15 @@ from safetensors import SafetensorError
 def replacing(target: Path) -> Iterator[Path]:
     """A path to write a file or a folder to, which takes the place of `target` at the end unless something goes wrong.
 
+    Where `target` is a link, of what it points to.
+
     Raises:
-        OSError: if the disk is full or not writable; what was there before is then untouched.
+        OSError: if the disk is full or not writable, or if a device or a pipe is there; it is then untouched.
     """
+    if target.is_symlink():
+        target = target.resolve()
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(f"could not write {target}: it is neither a file nor a folder")
     partial, aside = (target.with_name(target.name + end) for end in (".partial", ".partial-old"))
     _remove(partial)
     try:
