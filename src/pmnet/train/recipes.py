@@ -135,19 +135,20 @@ def demo(size: int) -> Recipe:
 
 
 def box() -> Recipe:
-    """The first half of a model of long strings: up to 12 bytes, a quarter of an hour on one CPU core.
+    """The first half of a model of long strings: up to 12 bytes.
 
     It has sixteen slots to a group: with the eight of the demo, strings end before 20 letters. And eight heads, twice
-    those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise.
+    those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise. And
+    64 phases to a slot, also twice: letters that share a slot are told apart by them, and are learned sooner.
     """
     model = demo_model()
-    model.sliding_window, model.num_memory = 16, 16
+    model.sliding_window, model.num_memory, model.memory_size = 16, 16, 64
     model.num_attention_heads = model.num_key_value_heads = 8
     return replace(demo(12), model=model, gap=model.receptive_field, hold=0.5)
 
 
 def box_finish() -> Recipe:
-    """The second half of `box`, an hour: strings of up to 32 bytes, all gaps alike, filler that turns only the root.
+    """The second half of `box`: strings of up to 32 bytes, all gaps alike, filler that turns only the root.
 
     Attention widens to 34 keys, which see the marker from every letter; trained so from scratch, strings do not grow.
     """
