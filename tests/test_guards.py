@@ -8,7 +8,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import pmnet
 from pmnet.model.window import plan_window
-from pmnet.ops import Linear, RMSNorm, phase_write, silu_product, use_backend
+from pmnet.ops import Linear, RMSNorm, norm_rotate, phase_write, silu_product, use_backend, window_attention
+from pmnet.ops.phase import _read_slots_backward
+from pmnet.ops.scan import _plan
 from tests.conftest import random_ids, small_model
 
 
@@ -34,6 +36,78 @@ def test_row_operators_do_what_torch_does_with_other_shapes():
     layer.bias = nn.Parameter(layer.bias.bfloat16())
     with pytest.raises(RuntimeError), torch.no_grad():
         layer(torch.randn(2, 64))
+
+
+@pytest.mark.parametrize("eps", [None, 0.0, 0.1])
+def test_a_norm_takes_epsilon_as_torch_does(eps):
+    norm, x = RMSNorm(16, eps=eps), 1e-4 * torch.randn(5, 16)
+    torch.testing.assert_close(norm(x), nn.functional.rms_norm(x, (16,), eps=eps))
+    ones, zeros = torch.ones(1, 5, 1, 16), torch.zeros(1, 5, 1, 16)
+    torch.testing.assert_close(norm_rotate(x.view(1, 5, 1, 16), norm, ones, zeros)[0, :, 0], norm(x))
+
+
+def test_rotations_of_other_positions_are_refused():
+    x, norm = torch.randn(2, 5, 3, 16), RMSNorm(16)
+    for shape in ((1, 4, 1, 16), (3, 5, 1, 16), (1, 5, 1, 8), (1, 5, 3, 16)):
+        with pytest.raises(ValueError, match="norm_rotate: expected x"):
+            norm_rotate(x, norm, torch.ones(shape), torch.ones(shape))
+
+
+def test_attention_refuses_what_does_not_fit():
+    query, keys, span = torch.randn(2, 3, 4, 16), torch.randn(2, 7, 2, 16), torch.ones(1, 3, dtype=torch.int64)
+    wrong = [
+        (query, keys, span.int()), (query, keys[:1], span), (query, keys[..., :8], span), (query, keys[:, :2], span),
+        (query[:, :, :3], keys, span), (query, keys, span[:, :2]), (query, keys[:, :, :0], span),
+    ]  # fmt: skip
+    for of_queries, of_keys, spans in wrong:
+        with pytest.raises(ValueError, match="attention: query"):
+            window_attention(of_queries, of_keys, of_keys, spans, 1.0)
+    with pytest.raises(ValueError, match="attention: query"):
+        window_attention(query, keys, keys[:, 1:], span, 1.0)
+
+
+def test_compilers_are_told_the_layout_that_comes_back():
+    query, weights, upstream = torch.randn(2, 5, 3, 8), torch.rand(2, 5, 4, 3), torch.randn(2, 5, 24)
+    inputs = query, torch.randn(2, 5, 4, 16), torch.randn(16, 48).t(), torch.randn(48), weights, upstream
+    torch.library.opcheck(_read_slots_backward, inputs, test_utils="test_faketensor")
+    groups, valid = torch.randint(4, (6, 2)).t(), torch.ones(6, 2, dtype=torch.bool).t()
+    torch.library.opcheck(_plan, (groups, 4, None, valid), test_utils="test_faketensor")
+
+
+@torch.no_grad()
+def test_a_model_stays_on_its_device_whatever_the_default():
+    model, ids = small_model("deep"), random_ids(2, 9)
+    expected = model(ids).logits
+    with torch.device("meta"):
+        for arguments in ({"use_cache": False}, {}, {"position_ids": torch.arange(9, device="cpu").view(1, 9)}):
+            assert torch.equal(model(ids, **arguments).logits, expected)
+
+
+@pytest.mark.parametrize("how", ["hook", "backward hook"])
+def test_norms_of_heads_are_called_where_somebody_listens(how):
+    model, calls = small_model("deep"), []
+    norm = model.model.layers[0].self_attn.q_norm
+    register = norm.register_forward_hook if how == "hook" else norm.register_full_backward_hook
+    register(lambda *_: calls.append(1))
+    model(random_ids(1, 5)).logits.sum().backward()
+    assert calls == [1]
+
+
+def test_norms_of_heads_can_be_replaced():
+    class Doubled(RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, ids = small_model("deep"), random_ids(1, 9)
+    attention = model.model.layers[0].self_attn
+    expected = model(ids).logits
+    doubled = Doubled(attention.k_norm.weight.numel(), eps=attention.k_norm.eps)
+    doubled.load_state_dict(attention.k_norm.state_dict())
+    attention.k_norm = doubled
+    found = model(ids).logits
+    assert not torch.equal(found, expected)
+    with use_backend("torch"):
+        torch.testing.assert_close(found, model(ids).logits, atol=1e-5, rtol=0)
 
 
 def test_a_write_refuses_masks_and_documents_of_another_kind():

@@ -1,8 +1,6 @@
 """Native operators: the same bits in any company, the ends of the number range, and how they are built."""
 
 import math
-import os
-import subprocess
 import sys
 
 import pytest
@@ -243,51 +241,3 @@ def test_undefined_rotations_are_zero(backend, bad):
         got = phase_write(spoiled_weights, spoiled_raw, groups, memory)
         expected = phase_write(expected_weights, expected_raw, groups, memory)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-
-
-# Building the kernels
-
-PROGRAM = """
-import torch, pmnet
-from pmnet.ops import use_backend
-from tests.conftest import random_ids, small_model
-try:
-    with use_backend("native"): print("native")
-except RuntimeError as error:
-    print(error)
-with torch.no_grad():
-    print(small_model()(random_ids(1, 9)).logits.isfinite().all().item())
-"""
-
-
-def run_program(compiler, cache):
-    environment = os.environ | {"CXX": str(compiler), "XDG_CACHE_HOME": str(cache)}
-    return subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True)
-
-
-def compiler_script(path, line):
-    path.write_text(f"#!/bin/sh\n{line}\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_without_a_compiler_plain_torch_is_used(tmp_path):
-    broken = compiler_script(tmp_path / "broken", 'test "$1" = --version || { echo no such option >&2; exit 1; }')
-    for compiler, reason in ((tmp_path / "missing", "No such file"), (broken, "no such option")):
-        done = run_program(compiler, tmp_path)
-        assert done.stdout.splitlines() == ["the native backend needs a C++ compiler with OpenMP", "True"]
-        assert done.stderr.count("CPU kernels are off, plain PyTorch is used instead") == 1
-        assert reason in done.stderr
-    assert list(tmp_path.rglob("*.so")) == []
-
-
-def test_kernels_are_compiled_once(tmp_path):
-    real = os.environ.get("CXX", "c++")
-    counted = compiler_script(tmp_path / "counted", f'echo "$1" >> {tmp_path}/calls\nexec {real} "$@"')
-    for _ in range(2):
-        assert run_program(counted, tmp_path / "cache").stdout.splitlines() == ["native", "True"]
-    assert (tmp_path / "calls").read_text().split() == ["--version", "-std=c++17", "--version"]
-    (kernels,) = (tmp_path / "cache" / "pmnet").iterdir()
-    kernels.write_bytes(b"")  # as a full disk leaves it
-    assert run_program(counted, tmp_path / "cache").stdout.splitlines() == ["native", "True"]
-    assert kernels.stat().st_size > 0

@@ -140,7 +140,7 @@ def assert_stands_aside(model, steps, **arguments):
 MODULES = [
     "layers.1", "layers.0.self_attn", "layers.1.self_attn.o_proj", "layers.0.mlp", "layers.0.mlp.up_proj",
     "layers.0.memory_read_module", "layers.0.memory_write_module", "layers.1.memory_write_module.proj_out",
-    "layers.1.input_layernorm", "norm",
+    "layers.1.input_layernorm", "norm", "layers.0.self_attn.q_norm", "layers.1.self_attn.k_norm",
 ]  # fmt: skip
 
 

@@ -254,6 +254,9 @@ def test_wrong_input_is_named():
         read_forward(query, geometry, weight.half(), bias)
 
 
+MOST_SHARED = {90: 227 * 1024, 86: 99 * 1024}  # bytes that one program can have, by compute capability
+
+
 def test_every_launch_compiles_for_a_gpu(tmp_path):
     """The compiler needs no GPU. What the kernels rely on must be in the machine code."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
@@ -264,7 +267,7 @@ def test_every_launch_compiles_for_a_gpu(tmp_path):
     built = json.loads(out.stdout)
     assert len({launch["kernel"] for launch in built}) == 10
     for launch in built:
-        assert launch["shared"] <= 227 * 1024  # bytes that one program can have on a Hopper GPU
+        assert launch["shared"] <= MOST_SHARED[launch["target"]]
         if launch["kernel"] in (
             "_write_states_kernel",
             "_sum_states_kernel",

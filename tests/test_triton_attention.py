@@ -29,8 +29,8 @@ def plain(query, keys, values, upstream, span, scaling):
 
 
 def run(query, keys, values, upstream, span, scaling):
-    out, total = attention_forward(query, keys, values, span, scaling)
-    return out, *attention_backward(upstream, query, keys, values, span, out, total, scaling)
+    out, softmax = attention_forward(query, keys, values, span, scaling)
+    return out, *attention_backward(upstream, query, keys, values, span, out, softmax, scaling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])

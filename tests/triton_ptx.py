@@ -1,4 +1,4 @@
-"""Compile every launch of the Triton kernels for a Hopper GPU, without having one. Run as a program: prints JSON.
+"""Compile every launch of the Triton kernels for GPUs, without having one. Run as a program: prints JSON.
 
 The public functions are called on the CPU while launches are recorded instead of run, so that what is compiled is
 what they would launch: same constants, block sizes and compiler options.
@@ -25,6 +25,7 @@ from pmnet.ops.triton.scan import write_states
 from pmnet.ops.triton.scan_gradient import write_gradient
 
 SHAPES = {"published": (2, 300, 4, 512, 4), "odd": (1, 1, 3, 11, 3)}  # B, T, N, M, R
+HOPPER, AMPERE = 90, 86  # compute capabilities: of the GPU that was measured, and one with less memory in its cores
 
 
 def launch_all(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> None:
@@ -43,28 +44,37 @@ def launch_all(shape: tuple[int, ...], dtype: torch.dtype, ragged: bool) -> None
     inputs.append(torch.zeros(heads * size, dtype=dtype))
     mixed, attention = read_forward(*inputs)
     read_backward(mixed, *inputs, attention)
-    query, keys = (torch.zeros(batch, n, heads, size // 8, dtype=dtype) for n in (length, length + 127))
-    out, total = attention_forward(query, keys, keys, 1 + segments, 1.0)
-    attention_backward(query, query, keys, keys, 1 + segments, out, total, 1.0)
+    launch_attention((batch, length, heads, size // 8), dtype)
 
 
-def compile_launch(kernel: JITFunction, args: tuple, options: dict) -> dict[str, object]:
+def launch_attention(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    batch, length, heads, width = shape
+    span = torch.ones(batch, length, dtype=torch.long)
+    query, keys = (torch.zeros(batch, n, heads, width, dtype=dtype) for n in (length, length + 127))
+    out, softmax = attention_forward(query, keys, keys, span, 1.0)
+    attention_backward(query, query, keys, keys, span, out, softmax, 1.0)
+
+
+def compile_launch(target: int, kernel: JITFunction, args: tuple, options: dict) -> dict[str, object]:
     constants = {name: options.pop(name) for name in kernel.arg_names if name in options}
     values = dict(zip(kernel.arg_names, args, strict=False))
     constants |= {name: v for name, v in values.items() if v is None or (isinstance(v, int) and v == 1)}
     signature = {n: "constexpr" if n in constants else mangle_type(values[n]) for n in kernel.arg_names}
     aligned = [i for i, v in enumerate(args) if isinstance(v, Tensor) or (isinstance(v, int) and v % 16 == 0)]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return {"kernel": kernel.__name__, "shared": built.metadata.shared, "ptx": built.asm["ptx"]}
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    return {"target": target, "kernel": kernel.__name__, "shared": built.metadata.shared, "ptx": built.asm["ptx"]}
 
 
 def main() -> None:
-    launches = []
-    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((self, args, kwargs))
+    launches, target = [], HOPPER
+    JITFunction.run = lambda self, *args, grid, warmup, **kwargs: launches.append((target, self, args, kwargs))
     launch_all(SHAPES["published"], torch.bfloat16, ragged=True)
     launch_all(SHAPES["odd"], torch.float32, ragged=False)
     launch_all(SHAPES["odd"], torch.float16, ragged=True)
+    target = AMPERE
+    launch_attention((1, 300, 2, 256), torch.bfloat16)
+    launch_attention((1, 300, 2, 128), torch.float32)
     json.dump([compile_launch(*launch) for launch in launches], sys.stdout)
 
 

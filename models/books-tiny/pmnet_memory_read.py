@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from .pmnet_config import PMNetConfig
 from .pmnet_ops import Int8Linear, Linear, RMSNorm, address, read_slots
-from .pmnet_ops_linear import plain, wrapped
+from .pmnet_ops_backend import plain
+from .pmnet_ops_linear import wrapped
 
 
 class MemoryRead(nn.Module):

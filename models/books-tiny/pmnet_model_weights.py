@@ -21,7 +21,7 @@ from .pmnet_memory import Anchors, MemoryRead, MemoryWrite
 from .pmnet_model_attention import SlidingWindowAttention
 from .pmnet_model_block import PMNetBlock, SwiGLU
 from .pmnet_ops import Int8Linear, Linear, RMSNorm
-from .pmnet_ops_linear import plain
+from .pmnet_ops_backend import plain
 
 CONFIGURED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",

@@ -10,7 +10,7 @@ import re
 import torch
 from torch import Tensor
 
-from .pmnet_ops_backend import runs_native
+from .pmnet_ops_backend import plain, runs_native
 from .pmnet_ops_native import dense_like, kernels, pointers
 
 _BLOCK = 64  # rows whose weight gradients are summed in turn, whatever the number of threads
@@ -23,22 +23,39 @@ class RMSNorm(torch.nn.RMSNorm):
         """`[..., D]` to `[..., D]`, in the dtype of the weight."""
         x = x.to(self.weight.dtype)
         fits = runs_native(x, self.weight) and x.shape[-1:] == self.weight.shape
-        return _rms_norm(x, self.weight, self.eps or 0.0) if fits else super().forward(x)
+        return _rms_norm(x, self.weight, _eps(self)) if fits else super().forward(x)
 
 
-def norm_rotate(x: Tensor, norm: RMSNorm, cos: Tensor, sin: Tensor) -> Tensor:
+def _eps(norm: RMSNorm) -> float:
+    """As PyTorch takes it: None is the distance from 1 to the next float32."""
+    return torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+
+
+def norm_rotate(x: Tensor, norm: torch.nn.Module, cos: Tensor, sin: Tensor) -> Tensor:
     """RMSNorm of every head, then its rotary rotation in at least float32.
 
     Args:
         x: `[B, T, H, E]`.
-        norm: over E.
+        norm: over E; one with hooks, and any other module, is called.
         cos, sin: of the angles, `[B or 1, T, 1, E]`; element j turns together with element `j + E/2`.
 
     Returns:
         `[B, T, H, E]`.
+
+    Raises:
+        ValueError: if the shapes do not agree.
     """
-    if runs_native(x, norm.weight, cos, sin) and x.shape[-1:] == norm.weight.shape:
-        return _norm_rotate(x, norm.weight, cos, sin, norm.eps or 0.0)
+    wide = cos.shape[0], x.shape[1], 1, x.shape[3]
+    if not (cos.shape == sin.shape == wide and cos.shape[0] in (1, x.shape[0])):
+        found = f"{list(x.shape)}, {list(cos.shape)}, {list(sin.shape)}"
+        raise ValueError(f"norm_rotate: expected x [B, T, H, E], cos and sin [B or 1, T, 1, E], got {found}")
+    if (
+        type(norm) is RMSNorm
+        and plain(norm)
+        and runs_native(x, norm.weight, cos, sin)
+        and norm.weight.shape == wide[3:]
+    ):
+        return _norm_rotate(x, norm.weight, cos, sin, _eps(norm))
     x = norm(x)
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin

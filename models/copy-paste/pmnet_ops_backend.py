@@ -72,6 +72,18 @@ def direct(*tensors: Tensor | None) -> bool:
     return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
 
 
+def plain(module: torch.nn.Module) -> bool:
+    """Whether calling a module is nothing but the `forward` of its class: no hook of its own, nothing in its place.
+
+    Hooks of all modules do not count: those who count products listen so, and would change what they count.
+    """
+    own = module.__dict__  # attributes of a module are slow, and every step asks
+    return not (
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+        or "forward" in own
+    )  # fmt: skip
+
+
 def runs_triton(x: Tensor, worthwhile: bool = True) -> bool:
     """Whether an operator on `x` runs as a Triton kernel; `worthwhile`: whether it should where none is forced."""
     if not (x.device.type == "cuda" or interpreted()):

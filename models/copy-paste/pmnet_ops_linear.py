@@ -158,12 +158,6 @@ def _gradient(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
 _linear.register_autograd(_gradient, setup_context=_save)
 
 
-def plain(module: torch.nn.Module) -> bool:
-    """Whether calling a module is nothing but the `forward` of its class: no hook, nothing put in its place."""
-    own = module.__dict__  # attributes of a module are slow, and every step asks
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
-
-
 def wrapped(weight: Tensor) -> bool:
     """Whether a weight is of a class of its own, around other tensors: quantised or sharded by another library."""
     return type(weight) is not torch.nn.Parameter and is_traceable_wrapper_subclass(weight)

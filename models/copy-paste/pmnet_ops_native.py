@@ -24,6 +24,7 @@ FLAGS = [
     "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
 ]  # fmt: skip
 
+_DIGEST = hashlib.sha256().digest_size
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
     "rms_norm": [_POINTER] * 3 + [_INT] * 2 + [_FLOAT],
@@ -61,19 +62,10 @@ def library() -> ctypes.CDLL | None:
         compiler = shlex.split(os.environ.get("CXX") or "c++")
         version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
         text = b"".join(path.read_bytes() for path in [*sources, *sorted(folder.glob("*.h"))])
-        key = hashlib.sha256(text + version + " ".join(FLAGS).encode() + processor_flags()).hexdigest()[:24]
+        command = [*compiler, *FLAGS]
+        key = hashlib.sha256(text + version + shlex.join(command).encode() + processor_flags()).hexdigest()[:24]
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmnet"
-        target = cache / f"kernels-{key}.so"
-        try:
-            loaded = ctypes.CDLL(str(target))
-        except OSError:  # not there, or cut off by a full disk
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                built = Path(scratch) / "kernels.so"
-                command = [*compiler, *FLAGS, *map(str, sources), "-o", str(built)]
-                subprocess.run(command, capture_output=True, check=True, text=True)
-                os.replace(built, target)
-            loaded = ctypes.CDLL(str(target))
+        loaded = _load([*command, *map(str, sources)], cache / f"kernels-{key}.so")
     except (OSError, RuntimeError, ValueError, subprocess.CalledProcessError) as error:  # also: no home, a bad CXX
         reason = getattr(error, "stderr", None) or error
         logging.getLogger("pmnet").warning("CPU kernels are off, plain PyTorch is used instead: %s", reason)
@@ -84,9 +76,46 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
+def _load(command: list[str], target: Path) -> ctypes.CDLL:
+    """The library at `target`, built if it is not there and whole; where nothing can be kept, for this process only."""
+    if not _is_whole(target):
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _build(command, target)
+        except OSError:
+            with tempfile.TemporaryDirectory() as folder:
+                return ctypes.CDLL(str(_build(command, Path(folder) / target.name)))
+    return ctypes.CDLL(str(target))
+
+
+def _build(command: list[str], target: Path) -> Path:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        subprocess.run([*command, "-o", str(built)], capture_output=True, check=True, text=True)
+        digest = hashlib.sha256(built.read_bytes()).digest()
+        with built.open("ab") as file:  # what follows the sections of a library is nobody's
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(built, target)
+    return target
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the digest at its end is its own: a library that was cut off kills the process that looks into it."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-_DIGEST]).digest() == content[-_DIGEST:]
+
+
 def kernels() -> Any:
-    """The compiled kernels, for code that runs only where `runs_native` is true."""
-    return library()
+    """The compiled kernels, for code that runs only where `runs_native` is true; RuntimeError if there are none."""
+    found = library()
+    if found is None:
+        raise RuntimeError("there are no CPU kernels: they need their sources and a C++ compiler with OpenMP")
+    return found
 
 
 def pointers(*tensors: Tensor | None) -> list[int | None]:

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from pmnet.config import PMNetConfig
 from pmnet.ops import Int8Linear, Linear, RMSNorm, address, read_slots
-from pmnet.ops.linear import plain, wrapped
+from pmnet.ops.backend import plain
+from pmnet.ops.linear import wrapped
 
 
 class MemoryRead(nn.Module):

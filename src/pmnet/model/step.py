@@ -69,7 +69,7 @@ def try_step(
     """
     if not _applies(config, hidden):
         return None
-    cache = cache or PMNetCache(config, hidden.shape[0])
+    cache = cache or PMNetCache(config, hidden.shape[0], device=hidden.device)
     if not _continues(hidden, attention_mask, position_ids, cache):
         return None
     weights = weights_of(config, layers, anchors, norm)
@@ -145,7 +145,7 @@ def _continues(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tens
     if tuple(position_ids.shape) not in ((rows, length), (1, length)):
         return False
     first = position_ids[:, :1]
-    if length > 1 and not torch.equal(position_ids, first + torch.arange(length)):
+    if length > 1 and not torch.equal(position_ids, first + torch.arange(length, device=first.device)):
         return False
     return bool((first >= cache.next_position.unsqueeze(1)).all())
 

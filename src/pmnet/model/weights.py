@@ -21,7 +21,7 @@ from pmnet.memory import Anchors, MemoryRead, MemoryWrite
 from pmnet.model.attention import SlidingWindowAttention
 from pmnet.model.block import PMNetBlock, SwiGLU
 from pmnet.ops import Int8Linear, Linear, RMSNorm
-from pmnet.ops.linear import plain
+from pmnet.ops.backend import plain
 
 CONFIGURED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",

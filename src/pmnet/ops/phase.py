@@ -167,7 +167,7 @@ def _read_slots_backward(
     slots, width = geometry.shape[2:]
     query, geometry, bias, upstream = (tensor.contiguous() for tensor in (query, geometry, bias, upstream))
     grads = torch.empty_like(query), torch.empty_like(geometry)
-    grad_weight, grad_bias, wide = torch.zeros_like(weight), torch.zeros_like(bias), heads * size
+    grad_weight, grad_bias, wide = weight.new_zeros(weight.shape), torch.zeros_like(bias), heads * size
     for keys, mixed, q, g, a, up, grad_query, grad_geometry in _in_blocks(query, geometry, weights, upstream, *grads):
         count = q.shape[0]
         products(g.view(-1, width), weight[:wide], None, out=keys)

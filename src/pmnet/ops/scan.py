@@ -46,7 +46,7 @@ def _plan(
     if documents is not None:
         keys += documents.long() * groups
     if valid is not None:
-        keys = torch.where(valid, keys, _NOWHERE)
+        keys = torch.where(valid, keys, _NOWHERE).contiguous()
     keys, order = torch.sort(keys, dim=1, stable=True)
     place = torch.empty_like(order).scatter_(1, order, _positions(order))
     return order, place, torch.searchsorted(keys, keys), torch.searchsorted(keys, keys, right=True), keys

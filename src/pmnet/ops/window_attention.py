@@ -24,12 +24,31 @@ def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, 
     Returns:
         `[B, T, H, E]`. On the CPU, a row's bits depend on nothing but what it sees; on a GPU they also depend on how
         far it stands from the first row of the call.
+
+    Raises:
+        ValueError: if shapes or dtypes do not agree, or a span is not in `1..W`.
+        RuntimeError: on a CPU without the native kernels.
     """
     if backend.runs_triton(query):
         from pmnet.ops.triton import operators
 
         return operators.window_attention(query, keys, values, span, scaling).to(query.dtype)
     return _window_attention(query.float(), keys.float(), values.float(), span, scaling).to(query.dtype)
+
+
+def check_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor) -> None:
+    """ValueError unless shapes and dtypes agree, on which a kernel relies."""
+    batch, length, heads, width = query.shape
+    fits = keys.shape == values.shape and keys.shape[::3] == (batch, width)
+    fits = fits and keys.shape[2] > 0 and heads % keys.shape[2] == 0
+    if not fits or keys.shape[1] < length or span.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"attention: query {list(query.shape)} [B, T, H, E] needs keys and values [B, W - 1 + T, K, E] and span "
+            f"[B or 1, T], got {list(keys.shape)}, {list(values.shape)}, {list(span.shape)}"
+        )
+    if not query.dtype == keys.dtype == values.dtype or span.dtype != torch.int64:
+        kinds = f"query is {query.dtype}, keys {keys.dtype}, values {values.dtype}, span {span.dtype}"
+        raise ValueError(f"attention: {kinds}, but the first three must be alike and span int64")
 
 
 def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
@@ -39,6 +58,7 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor) -> tuple[int, ...]:
 
 @torch.library.custom_op("pmnet::window_attention", mutates_args=())
 def _window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, scaling: float) -> Tensor:
+    check_attention(query, keys, values, span)
     check_range("span - 1", span - 1, keys.shape[1] - query.shape[1] + 1)
     query, keys, values, span = query.contiguous(), keys.contiguous(), values.contiguous(), span.contiguous()
     out = torch.empty_like(query)

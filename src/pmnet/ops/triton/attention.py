@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from pmnet.ops.window_attention import check_attention
+
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -28,23 +30,24 @@ def attention_forward(
         scaling: factor of the scores.
 
     Returns:
-        `[B, T, H, E]`, and the logarithm to base 2 of each query's sum of exponentials, float32 `[B, H, T]`.
+        `[B, T, H, E]`, and of each query's softmax the greatest score, to base 2, and the inverse of the sum of
+        exponentials below it, float32 `[B, H, 2, T]`: their logarithm alone would round the weights once more.
 
     Raises:
         ValueError: if shapes or dtypes do not agree.
     """
-    _check(query, keys, values, span)
+    check_attention(query, keys, values, span)
     query, keys, values, span = (x.contiguous() for x in (query, keys, values, span))
     batch, length, heads, _ = query.shape
-    out, total = torch.empty_like(query), query.new_empty(batch, heads, length, dtype=torch.float32)
+    out, softmax = torch.empty_like(query), query.new_empty(batch, heads, 2, length, dtype=torch.float32)
     if query.numel():
-        sizes, blocks = _sizes(query, keys, span, block=1 if length == 1 else _block(length))
+        sizes, blocks = _sizes(query, keys, span, most=1 if length == 1 else _block(length))
         with torch.cuda.device_of(query):
             _forward_kernel[_grid(batch * heads, length, blocks)](
-                query, keys, values, span, out, total, *sizes, scaling * _LOG2E.value, **blocks,
-                BLOCK_KEYS=64 if blocks["BLOCK"] == 64 else 128,
+                query, keys, values, span, out, softmax, *sizes, scaling * _LOG2E.value, **blocks,
+                BLOCK_KEYS=_rows(query, 64 if blocks["BLOCK"] == 64 else 128),
             )  # fmt: skip
-    return out, total
+    return out, softmax
 
 
 def attention_backward(
@@ -54,7 +57,7 @@ def attention_backward(
     values: Tensor,
     span: Tensor,
     out: Tensor,
-    total: Tensor,
+    softmax: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the result with respect to query, keys and values.
@@ -62,7 +65,7 @@ def attention_backward(
     Args:
         upstream: gradient of the result, `[B, T, H, E]`.
         query, keys, values, span, scaling: as in `attention_forward`.
-        out, total: as it returned them.
+        out, softmax: as it returned them.
 
     Returns:
         Three gradients, each in the dtype of its input.
@@ -70,7 +73,7 @@ def attention_backward(
     Raises:
         ValueError: if shapes or dtypes do not agree.
     """
-    _check(query, keys, values, span)
+    check_attention(query, keys, values, span)
     if upstream.shape != query.shape or upstream.dtype != query.dtype:
         raise ValueError(f"attention: upstream must be {query.dtype} {list(query.shape)}, got {list(upstream.shape)}")
     upstream, query, keys, values, span = (x.contiguous() for x in (upstream, query, keys, values, span))
@@ -78,36 +81,33 @@ def attention_backward(
     grads = torch.empty_like(query), torch.empty_like(keys), torch.empty_like(values)
     if not query.numel():
         return grads[0], grads[1].zero_(), grads[2].zero_()
-    mean = torch.empty_like(total)  # of the gradients of a query's weights
+    mean = query.new_empty(batch, heads, length, dtype=torch.float32)  # of the gradients of a query's weights
     (sizes, blocks), places = _sizes(query, keys, span, _block(length)), keys.shape[1]
     with torch.cuda.device_of(query):
         _query_gradient_kernel[_grid(batch * heads, length, blocks)](
-            upstream, query, keys, values, span, out, total, mean, grads[0], *sizes, scaling, **blocks
+            upstream, query, keys, values, span, out, softmax, mean, grads[0], *sizes, scaling, **blocks
         )
         _key_gradient_kernel[_grid(batch * keys.shape[2], places, blocks)](
-            upstream, query, keys, values, span, total, mean, *grads[1:], *sizes, scaling, **blocks
+            upstream, query, keys, values, span, softmax, mean, *grads[1:], *sizes, scaling, **blocks
         )
     return grads
-
-
-def _check(query: Tensor, keys: Tensor, values: Tensor, span: Tensor) -> None:
-    batch, length, heads, width = query.shape
-    fits = keys.shape == values.shape and keys.shape[::3] == (batch, width) and heads % keys.shape[2] == 0
-    if not fits or keys.shape[1] < length or span.shape not in ((batch, length), (1, length)):
-        raise ValueError(
-            f"attention: query {list(query.shape)} [B, T, H, E] needs keys and values [B, W - 1 + T, K, E] and span "
-            f"[B or 1, T], got {list(keys.shape)}, {list(values.shape)}, {list(span.shape)}"
-        )
-    if not query.dtype == keys.dtype == values.dtype or span.dtype != torch.int64:
-        kinds = f"query is {query.dtype}, keys {keys.dtype}, values {values.dtype}, span {span.dtype}"
-        raise ValueError(f"attention: {kinds}, but the first three must be alike and span int64")
 
 
 def _block(length: int) -> int:
     return 16 if length < 64 else 64
 
 
-def _sizes(query: Tensor, keys: Tensor, span: Tensor, block: int) -> tuple[tuple[int, ...], dict[str, int]]:
+def _wide(query: Tensor) -> int:
+    """Columns of a tile."""
+    return max(16, triton.next_power_of_2(query.shape[3]))
+
+
+def _rows(query: Tensor, most: int) -> int:
+    """Rows of a tile: at most so many, and of 16 KiB, so that small GPUs have room for all tiles of a program."""
+    return min(most, max(16, 2**14 // (_wide(query) * query.itemsize)))
+
+
+def _sizes(query: Tensor, keys: Tensor, span: Tensor, most: int) -> tuple[tuple[int, ...], dict[str, int]]:
     """The kernels' sizes in order, and tiles."""
     _, length, heads, width = query.shape
     blocks = {
@@ -115,8 +115,8 @@ def _sizes(query: Tensor, keys: Tensor, span: Tensor, block: int) -> tuple[tuple
         "K": keys.shape[2],
         "W": keys.shape[1] - length + 1,
         "E": width,
-        "BLOCK": block,
-        "BLOCK_E": max(16, triton.next_power_of_2(width)),
+        "BLOCK": _rows(query, most),
+        "BLOCK_E": _wide(query),
         "num_warps": 4,
         "num_stages": 2,
     }
@@ -145,7 +145,7 @@ def _seen(t, place, reach, T, W: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    query, keys, values, span, out, total, T, SPANS, scale,
+    query, keys, values, span, out, softmax, T, SPANS, scale,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -183,12 +183,14 @@ def _forward_kernel(
     mixed = mixed / weight[:, None]
     exists = (t < T)[:, None] & (e < E)[None, :]
     tl.store(out + t[:, None].to(tl.int64) * (H * E) + e, mixed.to(out.dtype.element_ty), mask=exists)
-    tl.store(total + (b * H + h) * T + t, most + tl.log2(weight), mask=t < T)
+    softmax += (b * H + h) * 2 * T
+    tl.store(softmax + t, most, mask=t < T)
+    tl.store(softmax + T + t, 1.0 / weight, mask=t < T)
 
 
 @triton.jit
 def _query_gradient_kernel(
-    upstream, query, keys, values, span, out, total, mean, grad_query, T, SPANS, scale,
+    upstream, query, keys, values, span, out, softmax, mean, grad_query, T, SPANS, scale,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     b, h = (tl.program_id(0) // H).to(tl.int64), tl.program_id(0) % H
@@ -202,7 +204,9 @@ def _query_gradient_kernel(
     up = _tile(upstream + head, first, step, T, H * E, E, BLOCK_E)
     found = _tile(out + head, first, step, T, H * E, E, BLOCK_E)
     middle = tl.sum(up.to(tl.float32) * found.to(tl.float32), axis=1)
-    logarithm = tl.load(total + (b * H + h) * T + t, mask=t < T, other=0.0)
+    softmax += (b * H + h) * 2 * T
+    most = tl.load(softmax + t, mask=t < T, other=0.0)
+    inverse = tl.load(softmax + T + t, mask=t < T, other=0.0)
     tl.store(mean + (b * H + h) * T + t, middle, mask=t < T)
     grad = tl.zeros([BLOCK, BLOCK_E], tl.float32)
     for start in range(0, BLOCK + W - 1, BLOCK):
@@ -210,7 +214,7 @@ def _query_gradient_kernel(
         v = _tile(values, first + start, step, T + W - 1, K * E, E, BLOCK_E)
         score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
         score = tl.where(_seen(t, first + start + step, reach, T, W), score, float("-inf"))
-        p = tl.exp2(score - logarithm[:, None])
+        p = tl.exp2(score - most[:, None]) * inverse[:, None]
         slope = p * (tl.dot(up, tl.trans(v), input_precision="ieee") - middle[:, None]) * scale
         grad = tl.dot(slope.to(k.dtype), k, grad, input_precision="ieee")
     at = grad_query + head + t[:, None].to(tl.int64) * (H * E) + e
@@ -219,7 +223,7 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_gradient_kernel(
-    upstream, query, keys, values, span, total, mean, grad_keys, grad_values, T, SPANS, scale,
+    upstream, query, keys, values, span, softmax, mean, grad_keys, grad_values, T, SPANS, scale,
     H: tl.constexpr, K: tl.constexpr, W: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """A place is seen by queries from `place - (W - 1)` to itself; all query heads of its key head add up."""
@@ -240,11 +244,12 @@ def _key_gradient_kernel(
             reach = tl.load(span + (b % SPANS) * T + t, mask=real, other=0).to(tl.int32)
             q = _tile(query + head, begin, step, T, H * E, E, BLOCK_E)
             up = _tile(upstream + head, begin, step, T, H * E, E, BLOCK_E)
-            logarithm = tl.load(total + (b * H + h) * T + t, mask=real, other=0.0)
+            most = tl.load(softmax + (b * H + h) * 2 * T + t, mask=real, other=0.0)
+            inverse = tl.load(softmax + ((b * H + h) * 2 + 1) * T + t, mask=real, other=0.0)
             middle = tl.load(mean + (b * H + h) * T + t, mask=real, other=0.0)
             score = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * _LOG2E)
             score = tl.where(_seen(t, place, reach, T, W), score, float("-inf"))
-            p = tl.exp2(score - logarithm[:, None])
+            p = tl.exp2(score - most[:, None]) * inverse[:, None]
             of_value = tl.dot(tl.trans(p.to(up.dtype)), up, of_value, input_precision="ieee")
             slope = p * (tl.dot(up, tl.trans(v), input_precision="ieee") - middle[:, None]) * scale
             of_key = tl.dot(tl.trans(slope.to(q.dtype)), q, of_key, input_precision="ieee")

@@ -58,12 +58,12 @@ def _attention_backward(
     values: Tensor,
     span: Tensor,
     out: Tensor,
-    total: Tensor,
+    softmax: Tensor,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from pmnet.ops.triton.attention import attention_backward
 
-    return attention_backward(upstream, query, keys, values, span, out, total, scaling)
+    return attention_backward(upstream, query, keys, values, span, out, softmax, scaling)
 
 
 @torch.library.custom_op("pmnet::triton_read", mutates_args=())
@@ -121,7 +121,7 @@ def _(query: Tensor, geometry: Tensor, key_weight: Tensor, key_bias: Tensor) -> 
 @_attention.register_fake
 def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     batch, length, heads, _ = query.shape
-    return dense_like(query), query.new_empty(batch, heads, length, dtype=torch.float32)
+    return dense_like(query), query.new_empty(batch, heads, 2, length, dtype=torch.float32)
 
 
 @_write.register_fake

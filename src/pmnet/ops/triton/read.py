@@ -79,6 +79,8 @@ def tiling(slots: int, size: int, dtype: torch.dtype, rows: int = 128) -> dict[s
     half = dtype != torch.float32
     rows, columns, depth, warps = (rows, 128, 64, 8) if half else (64, 64, 32, 4)
     block_n = triton.next_power_of_2(slots)
+    # two programs share a multiprocessor: one takes cosines while the other multiplies
+    registers = {"maxnreg": 128} if torch.version.hip is None else {}  # only compilers for CUDA take a number
     return {
         "BLOCK_P": max(1, rows // block_n),
         "BLOCK_N": block_n,
@@ -87,7 +89,7 @@ def tiling(slots: int, size: int, dtype: torch.dtype, rows: int = 128) -> dict[s
         "APPROXIMATE": half and torch.version.hip is None and not interpreted(),
         "num_warps": warps,
         "num_stages": 3,
-        "maxnreg": 128,  # two programs share a multiprocessor: one takes cosines while the other multiplies
+        **registers,
     }
 
 
