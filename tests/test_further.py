@@ -115,8 +115,8 @@ def test_several_strings_are_asked_for_as_often_as_one(tmp_path):
     assert all(150 < count < 250 for count in found), found
     with pytest.raises(ValueError, match="need finish"):
         replace(RECIPES["copy-paste"]["demo"](), rounds=2)
-    fails(["train", "recall", "--rounds", 2, "--out", tmp_path / "run"], "several rounds")
-    fails(["eval", "retrieval", folder(tmp_path / "m"), "--task", "recall", "--rounds", 2], "several rounds", "recall")
+    fails(["train", "recall", "--rounds", 2, "--out", tmp_path / "run"], "2 rounds")
+    fails(["eval", "retrieval", folder(tmp_path / "m"), "--task", "recall", "--rounds", 2], "--rounds 2", "recall")
 
 
 def test_the_second_half_of_the_box_asks_for_all_gaps_alike():

@@ -257,10 +257,17 @@ def test_the_commands_store_what_they_measured(tmp_path):
     assert [(model["name"], bool(model["folder"])) for model in models] == [
         ("lstm", False), ("gated-memory", False), ("pmnet", True),
     ]  # fmt: skip
-    trials = json.loads((tmp_path / "training.json").read_text())["trials"]
-    assert {(t["name"], t["total"], t["factor"], t["scale"]) for t in trials} >= {
+    assert [model["model"]["model_type"] for model in models] == ["pmnet-lstm", "pmnet-variant", "PMNet"]
+    assert models[2]["model"]["hidden_size"] == small_config("deep").hidden_size
+    stored = json.loads((tmp_path / "training.json").read_text())
+    assert {(t["name"], t["total"], t["factor"], t["scale"]) for t in stored["trials"]} >= {
         ("pmnet", 60, False, 1.0), ("lstm", 30, True, 3.0),
     }  # fmt: skip
+    kinds = {name: config["model_type"] for name, config in stored["models"].items()}
+    assert kinds == {"pmnet": "PMNet", "lstm": "pmnet-lstm"}
+    stored = json.loads((tmp_path / "saturation.json").read_text())
+    assert [row["model"]["hidden_size"] for row in stored["spread"][::2]] == [64, small_config("deep").hidden_size]
+    assert stored["model"]["hidden_size"] == demo_model().hidden_size
 
 
 def test_without_recurrence_there_is_no_gradient_through_time():

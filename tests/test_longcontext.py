@@ -157,13 +157,13 @@ def test_beyond_weighs_bins_by_their_bytes():
 
 @pytest.mark.parametrize(("text", "size"), [("100", 100), ("4KiB", 4096), ("2 MiB", 2**21)])
 def test_sizes_are_read(text, size):
-    assert bytes_of(text) == size
+    assert bytes_of("--length", text) == size
 
 
 @pytest.mark.parametrize("text", ["", "0", "-5", "4kb", "many"])
 def test_what_is_no_size_is_refused(text):
-    with pytest.raises(ValueError, match="a length is a number of bytes"):
-        bytes_of(text)
+    with pytest.raises(ValueError, match=f"--reset is a number of bytes, .* not {text!r}"):
+        bytes_of("--reset", text)
 
 
 def test_the_command_stores_rows_and_a_picture(books, tmp_path):

@@ -178,7 +178,7 @@ def test_models_in_half_precision_and_without_a_bos_are_measured(books, tmp_path
 def test_grids_have_no_distances_that_are_not_measured():
     with pytest.raises(ValueError, match="recall has no distances"):
         grid("recall", 15, distances=["1", "1000"])
-    with pytest.raises(ValueError, match="selective-copy has no variants"):
+    with pytest.raises(ValueError, match="those of selective-copy are blank, got 'random'"):
         grid("selective-copy", 15, variants=["random"])
     cells = grid("needle", 15, [1024], ["number", "keys", "variables"])
     assert [cell.variant for cell in cells] == ["number"] * 10 + ["keys", "variables"]

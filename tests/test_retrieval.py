@@ -172,6 +172,8 @@ def test_eval_memory_stores_its_findings(tmp_path):
     assert "the whole model: " in printed
     stored = json.loads((tmp_path / "out" / "memory.json").read_text())
     assert {"levels", "without", "commit", "command"} <= set(stored)
+    assert stored["gap"] == 40
+    assert stored["model"] == json.loads(json.dumps(load_model(model).config.to_dict()))
     assert (tmp_path / "out" / "memory.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -26,18 +26,29 @@ from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
-from pmnet.report.provenance import provenance, write_json
+from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped
+
+READ, WRITTEN = ("--data", "--from"), ("--out", "--save", "--json", "--save-state")  # options that are paths
 
 
 class _Commands(TyperGroup):
-    """The subcommands, whose folders may not be empty, as a shell variable that was never set leaves them."""
+    """The subcommands, whose paths may not be empty, as a shell variable that was never set leaves them.
+
+    What is written needs a name in UTF-8, to be told on a terminal and stored under by other libraries.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for option in ("--data", "--from", "--out", "--save"):
-            if f"{option}=" in args or (option, "") in pairwise(args):
+        for option, value in pairwise(part for arg in args for part in _option_and_value(arg)):
+            if option in (*READ, *WRITTEN) and not value:
                 raise typer.BadParameter(f"{option} is empty")
+            if option in WRITTEN and value.encode("utf-8", "replace").decode() != value:
+                raise typer.BadParameter(f"{option} is not UTF-8: {value!r}")
         return super().parse_args(ctx, args)
+
+
+def _option_and_value(arg: str) -> list[str]:
+    return arg.split("=", 1) if arg.startswith("--") else [arg]
 
 
 app = typer.Typer(cls=_Commands, no_args_is_help=True, add_completion=False)
@@ -97,6 +108,8 @@ def bits_command(
 ) -> None:
     """Bits per byte of files, each streamed with constant memory."""
     files, network = open_files(data), load_model(model, int8)
+    if save is not None:
+        prepare_folder(save.parent, save.name)
     total = sum(min(size, limit or size) for size in files.sizes)
     from rich.progress import Progress
 
@@ -144,9 +157,7 @@ def generate_command(
     cache = PMNetCache.load(state) if state else PMNetCache(network.config)
     cache.check_fits(network.config, 1)
     if save_state:
-        save_state.parent.mkdir(parents=True, exist_ok=True)
-        if save_state.is_dir():
-            raise IsADirectoryError(f"{save_state} is a folder, not a file to save the state in")
+        prepare_folder(save_state.parent, save_state.name)
     read = b""
     if prompt_file is not None:
         if str(prompt_file) == "-" and sys.stdin is None:

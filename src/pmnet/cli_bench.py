@@ -13,7 +13,7 @@ import pmnet
 from pmnet.config import PMNetConfig
 from pmnet.model.load import load_model
 from pmnet.report.flops import facts, tables
-from pmnet.report.provenance import provenance, write_json
+from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.recipes import MODELS
 
 
@@ -59,6 +59,7 @@ def bench_command(
         chosen = bench.choose(cases or [])
         options = bench.Options(repeats=repeats, seconds=seconds, size=size)
         configs = {name: _preset(name) for name in preset.split(",")}
+        prepare_folder(save)
         for name, config in configs.items():
             for case in chosen:
                 path = bench.store(case, name, config, options, save)

@@ -11,17 +11,18 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pmnet.baselines import control, load_any
 from pmnet.cli_bench import checkout_module
-from pmnet.eval.gradients.jacobian import jacobian
+from pmnet.data.tasks.episodes import LONGEST
+from pmnet.eval.gradients.jacobian import check_through_time, jacobian
 from pmnet.eval.gradients.precision import cumulative, exact, half, loss_curve, state_errors, text_batch
-from pmnet.eval.gradients.saturation import biases, capacity, model_bias, spread
-from pmnet.eval.gradients.training import Trial, run, summary
+from pmnet.eval.gradients.saturation import biases, capacity, check_fills, model_bias, spread
+from pmnet.eval.gradients.training import SHORTEST, Trial, run, summary
 from pmnet.model import PMNetForCausalLM
 from pmnet.report.plots_gradients import plot_jacobian, plot_precision, plot_saturation, plot_training
-from pmnet.report.provenance import provenance, write_json
+from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.recipes import demo, demo_model
 
 out = Console(markup=False)
@@ -43,9 +44,12 @@ def jacobian_command(
 ) -> None:
     """State Jacobian and gradient of a loss over distance, of models at initialisation and of trained ones."""
     facts, found = provenance() | {"positions": positions, "rows": rows, "seed": seed}, list[dict[str, Any]]()
-    for name, folder, network in _networks(models, trained or [], seed):
+    networks = _networks(models, trained or [], seed, check_through_time)
+    prepare_folder(save, "jacobian.json", "jacobian.png")
+    for name, folder, network in networks:
         started = time.monotonic()
         row = {"name": name, "folder": folder, "parameters": network.num_parameters()}
+        row["model"] = network.config.to_dict()
         found.append(row | jacobian(network, positions, rows, seed) | {"seconds": time.monotonic() - started})
         curves = found[-1]["curves"]
         ends = ", ".join(f"{label} {curve[-1]['median']} at {curve[-1]['n']:,}" for label, curve in curves.items())
@@ -66,12 +70,17 @@ def training_command(
     save: Save = Path("runs/why"),
 ) -> None:
     """Gradient norms of the first steps of copy-paste without clipping, over length, rate, scale and the factor."""
+    configs = _configs(models)
+    if not configs:
+        raise ValueError(f"--models names no model, got {models!r}")
+    numbers = _lengths(lengths, SHORTEST, LONGEST), _numbers("--rates", rates), _numbers("--scales", scales)
+    prepare_folder(save, "training.json", "training.png")
     facts = provenance() | {"seeds": seeds, "steps": steps}
+    facts |= {"models": {name: config.to_dict() for name, config in configs.items()}}
     found: list[dict[str, Any]] = []
-    numbers = _numbers("--lengths", lengths, 1), _numbers("--rates", rates), _numbers("--scales", scales)
-    for name, trial in _trials(models.split(","), *numbers, steps):
+    for name, trial in _trials(list(configs), *numbers, steps):
         started = time.monotonic()
-        told = summary([run(control(name, demo_model()), replace(trial, seed=seed)) for seed in range(seeds)])
+        told = summary([run(configs[name], replace(trial, seed=seed)) for seed in range(seeds)])
         settings = {key: value for key, value in asdict(trial).items() if key != "seed"}
         found.append({"name": name, **settings, **told, "seconds": time.monotonic() - started})
         parts = [f"{title} {told[key]:.3g}" for title, key in NORMS if told[key] is not None]
@@ -95,7 +104,9 @@ def precision_command(
         "published form, float32": (_published(), 10**9),
         "bfloat16 state": (half, 10**5),
     }
-    errors = state_errors(forms, [int(n) for n in _numbers("--lengths", lengths, 1)], 4, 8, seeds)
+    numbers = _lengths(lengths, 1, max(longest for _, longest in forms.values()))
+    prepare_folder(save, "precision.json", "precision.png")
+    errors = state_errors(forms, numbers, 4, 8, seeds)
     for row in errors:
         out.print(f"{row['form']}, {row['length']:,}: rms {row['rms']:.2e} rad, max {row['max']:.2e}", highlight=False)
     recipe = replace(demo(8), steps=steps, batch_size=4, length=128)
@@ -119,13 +130,13 @@ def saturation_command(
 ) -> None:
     """Spread of the states by bytes read, capacity of a slot for random codes, bias of the rounding's gradient."""
     found: list[dict[str, Any]] = []
-    for name, folder, network in _networks("pmnet", trained or [], 0):
-        if type(network) is not PMNetForCausalLM:
-            raise ValueError(f"{folder} is not a PMNet")
+    networks = _networks("pmnet", trained or [], 0, check_fills)
+    prepare_folder(save, "saturation.json", "saturation.png")
+    for name, folder, network in networks:
         for kind in ("random", "text"):
             curve = spread(network, longest, rows, 0, kind)
             found.append({"name": name, "folder": folder, "filler": kind, "phase_bits": network.config.phase_bits,
-                          "curve": curve})  # fmt: skip
+                          "model": network.config.to_dict(), "curve": curve})  # fmt: skip
             shown = ", ".join(f"{value:.3f}" for value in curve[-1]["levels"])
             out.print(
                 f"{folder or 'untrained'}, {kind}: circular variance {shown} after {curve[-1]['bytes']:,}",
@@ -137,6 +148,7 @@ def saturation_command(
         torch.manual_seed(seed)
         models.append(model_bias(PMNetForCausalLM(demo_model()).train(), text_batch(4, 128, 0)))
     facts = provenance() | {"rows": rows, "trials": trials, "seeds": seeds, "memory_size": size}
+    facts |= {"model": demo_model().to_dict()}
     results = {"spread": found, "capacity": capacity(size, trials, 0), "bias": biases(size, seeds), "models": models}
     write_json(save / "saturation.json", facts | results)
     plot_saturation(results, save / "saturation.png")
@@ -150,27 +162,40 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _networks(names: str, folders: list[Path], seed: int) -> Iterator[tuple[str, str | None, PreTrainedModel]]:
-    """Name, folder and model: first fresh ones, then those of the folders."""
-    others = [load_any(folder) for folder in folders]  # first, so that a wrong one is named at once
-    fresh = {name: control(name, demo_model()) for name in filter(None, map(str.strip, names.split(",")))}
-    if not fresh and not others:
-        raise ValueError("no models to measure: name some with --models, or give folders of trained ones")
-    for name, config in fresh.items():
+def _configs(names: str) -> dict[str, PreTrainedConfig]:
+    """Configurations of the size of the demo preset, by the names that --models gives."""
+    return {name: control(name, demo_model()) for name in filter(None, map(str.strip, names.split(",")))}
+
+
+def _networks(
+    names: str, folders: list[Path], seed: int, check: Callable[[PreTrainedModel], None]
+) -> list[tuple[str, str | None, PreTrainedModel]]:
+    """Name, folder and model, all of them checked: first fresh ones, then those of the folders."""
+    found: list[tuple[str, str | None, PreTrainedModel]] = []
+    for name, config in _configs(names).items():
         torch.manual_seed(seed)
-        yield name, None, AutoModelForCausalLM.from_config(config).eval()
-    for folder, network in zip(folders, others, strict=True):
+        found.append((name, None, AutoModelForCausalLM.from_config(config).eval()))
+    for folder in folders:
+        network = load_any(folder)
         kind = getattr(network.config, "memory_kind", None)
         name = network.config.model_type.removeprefix("pmnet-").lower()
-        yield name if kind is None else f"{kind}-memory", str(folder), network
+        found.append((name if kind is None else f"{kind}-memory", str(folder), network))
+    if not found:
+        raise ValueError("no models to measure: name some with --models, or give folders of trained ones")
+    for name, place, network in found:
+        try:
+            check(network)
+        except ValueError as error:
+            raise ValueError(f"{place or f'--models {name}'}: {error}") from error
+    return found
 
 
 def _trials(
-    names: list[str], lengths: list[float], rates: list[float], scales: list[float], steps: int
+    names: list[str], lengths: list[int], rates: list[float], scales: list[float], steps: int
 ) -> Iterator[tuple[str, Trial]]:
     """The grid: every length and rate; then PMNet without the factor; then other scales of the initial weights."""
-    totals = {int(n): max(1, round(steps * (lengths[0] / n) ** 0.5)) for n in lengths}  # fewer steps at longer ones
-    first, middle = int(lengths[0]), rates[len(rates) // 2]
+    totals = {n: max(1, round(steps * (lengths[0] / n) ** 0.5)) for n in lengths}  # fewer steps at longer ones
+    first, middle = lengths[0], rates[len(rates) // 2]
     for name, (total, count), rate in product(names, totals.items(), rates):
         trial = Trial(total, rate, steps=count, rows=max(1, 4 * first // total))
         yield name, trial
@@ -192,12 +217,18 @@ def _published() -> Callable[[torch.Tensor], torch.Tensor]:
     return states
 
 
-def _numbers(option: str, text: str, least: float = 0.0) -> list[float]:
+def _lengths(text: str, least: int, most: int) -> list[int]:
+    found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(least <= number <= most for number in found):
+        raise ValueError(f"--lengths are whole numbers from {least:,} to {most:,}, separated by commas, not {text!r}")
+    return found
+
+
+def _numbers(option: str, text: str) -> list[float]:
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if not found or not all(least <= number < math.inf and number for number in found):
-        wanted = f"of {least:g} or more" if least else "above 0"
-        raise ValueError(f"{option} needs numbers {wanted}, separated by commas, not {text!r}")
+    if not found or not all(0 < number < math.inf for number in found):
+        raise ValueError(f"{option} are numbers above 0, separated by commas, not {text!r}")
     return found

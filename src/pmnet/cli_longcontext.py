@@ -15,7 +15,7 @@ from pmnet.baselines import load_any
 from pmnet.data.files import open_files
 from pmnet.eval.longcontext import POINTS, beyond, bits_by_position, modes_of, whole_books
 from pmnet.report.plots import plot_longcontext
-from pmnet.report.provenance import provenance, write_json
+from pmnet.report.provenance import prepare_folder, provenance, write_json
 
 out = Console(markup=False)
 
@@ -32,8 +32,11 @@ def longcontext_command(
     ] = None,
 ) -> None:
     """Bits per byte by position in whole books: state carried, reset, and with the recurrence off."""
-    network, files, size = load_any(model), open_files(data), bytes_of(length)
-    modes, books = modes_of(network, [bytes_of(part) for part in reset or []], ablations), whole_books(files, size)
+    network, files, size = load_any(model), open_files(data), bytes_of("--length", length)
+    resets = [bytes_of("--reset", part) for part in reset or []]
+    modes, books = modes_of(network, resets, ablations), whole_books(files, size)
+    if save is not None:
+        prepare_folder(save, "longcontext.json", "longcontext.png")
     rows: list[dict[str, Any]] = []
     facts = provenance() | {
         "length": size,
@@ -41,35 +44,38 @@ def longcontext_command(
         "model": network.config.to_dict(),
     }
     columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        for mode in modes:
-            bar = progress.add_task(mode.name, total=size * len(books))
-            rows.append(bits_by_position(network, files, size, mode, partial(progress.advance, bar)))
-            if not progress.console.is_terminal:
-                progress.console.print(f"{mode.name}: {rows[-1]['total']:.4f} bits per byte", highlight=False)
-            if save is not None:
-                write_json(save / "longcontext.json", facts | {"rows": rows})
     points = [point for point in POINTS if point < size]
     table = Table(title=f"{model}: bits per byte, mean of {len(books)} books of {size:,} bytes")
     for title in ("state", "all", *(f"beyond {point:,}" for point in points), "word perplexity", "bytes/s"):
         table.add_column(title, justify="right")
-    for row in rows:
-        far = [f"{mean(beyond(row, point)):.4f}" for point in points]
-        perplexity, speed = f"{row['word_perplexity']:.1f}", f"{row['bytes_per_second']:,.0f}"
-        table.add_row(row["mode"], f"{row['total']:.4f}", *far, perplexity, speed)
-    out.print(table)
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            for mode in modes:
+                bar = progress.add_task(mode.name, total=size * len(books))
+                row = bits_by_position(network, files, size, mode, partial(progress.advance, bar))
+                rows.append(row)
+                far = [f"{mean(beyond(row, point)):.4f}" for point in points]
+                perplexity, speed = f"{row['word_perplexity']:.1f}", f"{row['bytes_per_second']:,.0f}"
+                table.add_row(mode.name, f"{row['total']:.4f}", *far, perplexity, speed)
+                if not progress.console.is_terminal:
+                    progress.console.print(f"{mode.name}: {row['total']:.4f} bits per byte", highlight=False)
+                if save is not None:
+                    write_json(save / "longcontext.json", facts | {"rows": rows})
+    finally:  # of a measurement that was interrupted too
+        if rows:
+            out.print(table)
     if save is not None:
         plot_longcontext({row["mode"]: row for row in rows}, save / "longcontext.png")
         out.print(f"saved {save / 'longcontext.json'} and {save / 'longcontext.png'}", soft_wrap=True)
 
 
-def bytes_of(text: str) -> int:
-    """A number of bytes, as in 65536, 64KiB or 1MiB.
+def bytes_of(option: str, text: str) -> int:
+    """A number of bytes, as in 65536, 64KiB or 1MiB, given for `option`.
 
     Raises:
         ValueError: if it is none.
     """
     found = re.fullmatch(r"(\d+)\s*(KiB|MiB)?", text.strip())
     if not found or int(found[1]) == 0:
-        raise ValueError(f"a length is a number of bytes, such as 65536 or 512KiB, not {text!r}")
+        raise ValueError(f"{option} is a number of bytes, such as 65536 or 512KiB, not {text!r}")
     return int(found[1]) * {None: 1, "KiB": 1024, "MiB": 1024**2}[found[2]]

@@ -4,7 +4,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,11 +11,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, 
 from rich.table import Table
 
 from pmnet.baselines import load_any
-from pmnet.eval.mechanism import mechanism
-from pmnet.eval.suite import TASKS, controlled, grid, measure_cell
+from pmnet.eval.mechanism import mechanism, problem_of
+from pmnet.eval.suite import TASKS, check_cells, controlled, grid, measure_cell
 from pmnet.model.load import load_model
 from pmnet.report.plots import plot_memory, plot_retrieval
-from pmnet.report.provenance import provenance, write_json
+from pmnet.report.provenance import prepare_folder, provenance, write_json
 
 out = Console(markup=False)
 
@@ -42,7 +41,12 @@ def retrieval_command(
     """Share of answers that come back exactly: by distance, by size, memory on and off."""
     network = load_any(model)
     one = reach or getattr(network.config, "receptive_field", None)
-    cells = grid(task, one, _sizes(sizes), _parts(variants), _parts(distances), text, rounds)
+    cells = grid(
+        task, one, _sizes(sizes), _parts("--variants", variants), _parts("--distances", distances), text, rounds
+    )
+    check_cells(network, cells)
+    if save is not None:
+        prepare_folder(save, f"{task}.json", f"{task}.png")
     title = f"{task}, {strings} answers per cell, reach {one}" + (f", string {rounds}" if rounds > 1 else "")
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # all eight columns in a terminal of 80
     for head in ("size", "variant", "distance", "exact", "95 %\ninterval", "per\nbyte", "memory\noff", "per\nbyte"):
@@ -58,21 +62,22 @@ def retrieval_command(
         "model": network.config.to_dict(),
     }
     done: list[dict[str, Any]] = []
-    with _progress() as progress:
-        for cell in cells:
-            episode = cell.problem.draw(1, torch.Generator().manual_seed(seed)).length
-            passes = 2 if control and controlled(network, cell) else 1
-            label = f"{cell.size} {cell.variant} {cell.distance:,.12g}"
-            bar = progress.add_task(label, total=episode * strings * passes)
-            advance = partial(progress.advance, bar)
-            row = measure_cell(network, cell, strings, seed, rows, control, advance)
-            done.append(row)
-            table.add_row(*_shown(row))
-            if not progress.console.is_terminal:
-                progress.console.print("  ".join(_shown(row)), highlight=False)
-            if save is not None:
-                write_json(save / f"{task}.json", facts | {"cells": done})
-    out.print(table)
+    try:
+        with _progress() as progress:
+            for cell in cells:
+                passes = 2 if control and controlled(network, cell) else 1
+                label = f"{cell.size} {cell.variant} {cell.distance:,.12g}"
+                bar = progress.add_task(label, total=cell.length * strings * passes)
+                row = measure_cell(network, cell, strings, seed, rows, control, partial(progress.advance, bar))
+                done.append(row)
+                table.add_row(*_shown(row))
+                if not progress.console.is_terminal:
+                    progress.console.print("  ".join(_shown(row)), highlight=False)
+                if save is not None:
+                    write_json(save / f"{task}.json", facts | {"cells": done})
+    finally:  # of a measurement that was interrupted too
+        if done:
+            out.print(table)
     if save is not None:
         plot_retrieval(task, done, one, save / f"{task}.png")
         out.print(f"saved {save / f'{task}.json'} and {save / f'{task}.png'}", soft_wrap=True)
@@ -92,6 +97,9 @@ def memory_command(
     """How copy-paste is solved: which level holds what, what letters and filler write, where they are read."""
     network = load_model(model)
     gap = gap or 8 * network.config.receptive_field
+    problem_of(network, size, gap)  # before there is a folder
+    if save is not None:
+        prepare_folder(save, "memory.json", "memory.png")
     with _progress() as progress:
         bar = progress.add_task("reading", total=None)
 
@@ -117,7 +125,8 @@ def memory_command(
         what = "the whole model" if name == "nothing" else f"without {name}"
         out.print(f"{what}: {right['exact']:.1%} exact, {right['letters']:.1%} of bytes")
     if save is not None:
-        write_json(save / "memory.json", provenance() | {"seed": seed, "size": size, "strings": strings} | found)
+        facts = provenance() | {"seed": seed, "size": size, "gap": gap, "strings": strings}
+        write_json(save / "memory.json", facts | {"model": network.config.to_dict()} | found)
         plot_memory(found, save / "memory.png")
         out.print(f"saved {save / 'memory.json'} and {save / 'memory.png'}", soft_wrap=True)
 
@@ -127,14 +136,18 @@ def _progress() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _parts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _parts(option: str, text: str) -> list[str]:
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if text and not found:
+        raise ValueError(f"{option} names none, got {text!r}")
+    return found
 
 
 def _sizes(text: str) -> list[int]:
-    if not all(part.isdecimal() for part in _parts(text)):
+    parts = _parts("--sizes", text)
+    if not all(part.isdecimal() for part in parts):
         raise ValueError(f"--sizes are whole numbers, as in 8,16, not {text!r}")
-    return [int(part) for part in _parts(text)]
+    return [int(part) for part in parts]
 
 
 def _shown(row: dict[str, Any]) -> list[str]:

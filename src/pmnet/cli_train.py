@@ -1,5 +1,6 @@
 """`pmnet train`."""
 
+import json
 import os
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,7 +17,7 @@ from pmnet.data.streams import ContiguousWindows
 from pmnet.model.tokenizer import COPY, first_id
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
-from pmnet.train.checkpoint import exclusive, starting_point
+from pmnet.train.checkpoint import exclusive, is_record, starting_point
 from pmnet.train.ladder import Ladder
 from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import train
@@ -110,12 +111,24 @@ def train_command(
             out.print(cost_line(recipe, processes), highlight=False)
     else:
         source = build_ladder(task, recipe, processes)
+    if main and recipe.steps <= recipe.warmup:
+        out.print(f"{recipe.steps} steps end within the warm-up of {recipe.warmup}: "
+                  f"the learning rate never reaches {recipe.learning_rate:g}", highlight=False)  # fmt: skip
     facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
     facts |= {"recipe": recipe.facts(), "model": recipe.model.to_dict()}
     with exclusive(run) if main else nullcontext():
-        train(recipe, source, run, resume, started=lambda: write_json(run / "config.json", facts))
+        train(recipe, source, run, resume, started=lambda: _record(run / "config.json", facts, resume))
     if main:
         out.print(f"model saved to {run / 'model'}", soft_wrap=True)
+
+
+def _record(path: Path, facts: dict[str, Any], resume: bool) -> None:
+    """Write the record of a run; where it goes on, that of its first part is kept, and those of later ones appended."""
+    if resume and is_record(path):
+        first = json.loads(path.read_text())
+        part = {key: facts[key] for key in ("command", "date", "commit", "versions", "machine")}
+        facts = first | {"resumed": [*first.get("resumed", []), part]}
+    write_json(path, facts)
 
 
 def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, phase_bits: int | None) -> Recipe:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pmnet.data.tasks import CopyPaste, Episodes, Filler
 from pmnet.data.tasks.copy_paste import asked
+from pmnet.data.tasks.episodes import check_length
 from pmnet.eval.ablate import anchors_off
 from pmnet.eval.retrieval import CHUNK, columns_at_once
 from pmnet.eval.traces import effective, traced
@@ -42,17 +43,14 @@ def mechanism(
         on_bytes: called with the number of bytes read since the last call, and of all that will be read.
 
     Raises:
-        ValueError: if the gap is within the reach of the attention: no filler is then beyond it.
+        ValueError: if `problem_of` does.
 
     Returns:
         `levels`: per level, occupancy, rotations, agreement, drift, and `places`: what each letter of a string turns;
         `right`: share of strings that have each letter right; `without`: shares of exact strings and of right bytes
         with nothing taken away, with the state of one level set to zero before PASTE, and with its anchors zero.
     """
-    if gap <= model.config.receptive_field:
-        raise ValueError(f"a gap of {gap} bytes is within the reach of attention, {model.config.receptive_field}")
-    problem = CopyPaste((length, length), (gap, gap))
-    episodes = problem.draw(strings, torch.Generator().manual_seed(seed))
+    episodes = problem_of(model, length, gap).draw(strings, torch.Generator().manual_seed(seed))
     taken = [f"{what} {level}" for level in range(model.config.num_levels) for what in ("state", "anchors")]
     names, each = ["nothing", *taken], strings * episodes.length
     total = each * (1 + len(names)) + ROWS * (drift + CHUNK)
@@ -90,6 +88,20 @@ def mechanism(
         advance(each)
     right = (logits.argmax(-1) == ids[:, -length - 1 :])[:, :-1].float().mean(0).tolist()
     return {"levels": levels, "right": right, "without": without}
+
+
+def problem_of(model: PMNetForCausalLM, length: int, gap: int) -> CopyPaste:
+    """What the model is asked: strings of `length` letters behind a gap of random filler.
+
+    Raises:
+        ValueError: if the gap is within the reach of the attention: no filler is then beyond it; if an episode is too
+            long to be read at once.
+    """
+    if gap <= model.config.receptive_field:
+        raise ValueError(f"a gap of {gap} bytes is within the reach of attention, {model.config.receptive_field}")
+    problem = CopyPaste((length, length), (gap, gap))
+    check_length(problem.draw(1, torch.Generator()).length)
+    return problem
 
 
 def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall, SelectiveCopy, text_of
+from pmnet.data.tasks.episodes import check_length
 from pmnet.eval.ablate import recurrence_off
 from pmnet.eval.retrieval import Score, measure
 from pmnet.model import PMNetForCausalLM
@@ -26,12 +28,14 @@ class Cell:
         size: letters of a string, pairs, bytes of a text: whatever the task grows by.
         variant: kind of filler, key or needle.
         distance: bytes of filler (copy-paste) or depth of the needle.
+        length: columns of an episode.
     """
 
     problem: Problem
     size: int
     variant: str
     distance: float
+    length: int
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,14 @@ class Task:
     Attributes:
         sizes, variants, distances: defaults; distances are numbers, or multiples of the reach, as in `8x`.
         build: one problem from size, variant, distance and filler text.
+        more: further variants.
     """
 
     sizes: tuple[int, ...]
     variants: tuple[str, ...]
     distances: tuple[str, ...]
     build: Callable[[int, str, float, Filler], Problem]
+    more: tuple[str, ...] = ()
 
 
 def _copy_paste(size: int, variant: str, distance: float, text: Filler) -> Problem:
@@ -59,7 +65,7 @@ def _recall(size: int, variant: str, distance: float, text: Filler) -> Problem:
 
 
 TASKS = {
-    "copy-paste": Task((8,), ("random",), ("0.5x", "2x", "8x", "64x"), _copy_paste),
+    "copy-paste": Task((8,), ("random",), ("0.5x", "2x", "8x", "64x"), _copy_paste, ("constant", "text")),
     "selective-copy": Task((16, 32), ("blank",), ("0",), lambda k, variant, _, text: SelectiveCopy(k, 16 * k)),
     "recall": Task((4, 8, 16, 32, 64, 128, 256), ("1", "2"), ("0",), _recall),
     "lookup": Task((20, 50, 100, 200, 500, 1000), ("suffix", "prefix"), ("0",),
@@ -93,46 +99,67 @@ def grid(
         are measured once.
 
     Raises:
-        ValueError: if the task, a variant or a distance means nothing, or the task has none.
+        ValueError: if the task, a size, a variant or a distance means nothing, or the task has none; if there are
+            rounds or a text that the task does not use.
     """
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     if rounds > 1 and task != "copy-paste":
-        raise ValueError(f"several rounds are for copy-paste, not for {task}")
+        raise ValueError(f"--rounds {rounds} is for copy-paste, not for {task}")
     plan = TASKS[task]
     if distances and plan.distances == ("0",):
-        raise ValueError(f"{task} has no distances")
-    if set(variants) - set(plan.variants) and plan.variants == ("blank",):
-        raise ValueError(f"{task} has no variants")
+        raise ValueError(f"--distances: {task} has no distances, got {','.join(distances)!r}")
+    known = (*plan.variants, *plan.more)
+    for variant in variants:
+        if variant not in known:
+            raise ValueError(f"--variants: those of {task} are {', '.join(known)}, got {variant!r}")
+    if text is not None and not (task == "needle" or "text" in (variants or plan.variants)):
+        raise ValueError(f"--text {text}: only needles, and copy-paste with --variants text, read a text")
     filler = Filler("text", text=None if text is None else text_of(text))
     cells = []
     for variant in variants or plan.variants:
         for size in sizes or plan.sizes:
             if task == "recall" and variant == "1" and size > 255:
                 continue
-            places = sorted({_distance(part, reach) for part in distances or plan.distances})
+            places = sorted({_distance(part, task, reach) for part in distances or plan.distances})
             for distance in places[:1] if variant in WITHOUT_DEPTH else places:
-                if task == "copy-paste" and distance != round(distance):
-                    raise ValueError(f"filler is of whole bytes, not {distance}")
-                problem = plan.build(size, variant, distance, filler)
-                if isinstance(problem, CopyPaste) and rounds > 1:
-                    problem = replace(problem, rounds=rounds, last=True)
-                cells.append(Cell(problem, size, variant, distance))
+                try:
+                    problem = plan.build(size, variant, distance, filler)
+                    if isinstance(problem, CopyPaste) and rounds > 1:
+                        problem = replace(problem, rounds=rounds, last=True)
+                    length = problem.draw(1, torch.Generator()).length
+                except ValueError as error:
+                    several = f", --rounds {rounds}" if rounds > 1 else ""
+                    raise ValueError(f"--sizes {size}{several}, variant {variant}: {error}") from error
+                cells.append(Cell(problem, size, variant, distance, length))
     if not cells:
-        raise ValueError("recall with one-byte symbols has at most 255 pairs")
+        raise ValueError(f"--sizes {min(sizes)}: recall with one-byte symbols (variant 1) has at most 255 pairs")
     return cells
 
 
-def _distance(text: str, reach: int | None) -> float:
+def _distance(text: str, task: str, reach: int | None) -> float:
     if text.endswith("x") and reach is None:
-        raise ValueError(f"{text} is a multiple of the reach, which this model lacks: pass --reach, or give bytes")
+        raise ValueError(
+            f"--distances: {text} is a multiple of the reach, which this model lacks: pass --reach, or give bytes"
+        )
     try:
         value = float(text.removesuffix("x"))
     except ValueError:
         value = math.nan
     if not 0 <= value < math.inf:
-        raise ValueError(f"a distance is a number, or a multiple of the reach such as 8x, not {text!r}")
-    return max(1, round(value * (reach or 0))) if text.endswith("x") else value
+        raise ValueError(f"--distances: each is a number, or a multiple of the reach such as 8x, not {text!r}")
+    value = max(1, round(value * (reach or 0))) if text.endswith("x") else value
+    if task == "copy-paste" and value != round(value):
+        raise ValueError(f"--distances: filler is of whole bytes, not {text!r}")
+    if task == "needle" and value > 1:
+        raise ValueError(f"--distances: the depth of a needle is from 0 to 1, not {text!r}")
+    return value
+
+
+def check_cells(model: PreTrainedModel, cells: Sequence[Cell]) -> None:
+    """ValueError if an episode is too long for a model that reads it at once, as all but a PMNet do."""
+    if not isinstance(model, PMNetForCausalLM):
+        check_length(max(cell.length for cell in cells))
 
 
 def measure_cell(

@@ -3,8 +3,11 @@
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
+import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +37,24 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def prepare_folder(folder: Path, *names: str) -> None:
+    """Make a folder for results, before they are measured.
+
+    Raises:
+        OSError: if it cannot be made or written to, or one of `names` in it is there and is no file.
+    """
+    try:
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(f"nothing can be saved in {folder}: {error.strerror}") from error
+    for path in (folder / name for name in names):
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is {'a folder' if path.is_dir() else 'no file'}, nothing can be saved there")
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON so that the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,8 +72,8 @@ def _version(name: str) -> str | None:
 
 def _command() -> str:
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = f"python -m {module.name}" if module else Path(sys.argv[0]).name
-    return " ".join([program, *sys.argv[1:]])
+    program = ["python", "-m", module.name] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _commit() -> str | None:

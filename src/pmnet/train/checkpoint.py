@@ -117,7 +117,7 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
         raise FileExistsError(f"{run} holds a run already ({found.name}); continue it with --resume or choose another")
     if found is None and not resume:
         for there in (run / "model", run / "model.safetensors", run / "config.json"):
-            if there.exists() and not (there.name == "config.json" and _is_record(there)):
+            if there.exists() and not (there.name == "config.json" and is_record(there)):
                 raise FileExistsError(f"{there} is there, which a run in {run} would overwrite; choose another folder")
     if found is None and resume:
         raise ValueError(f"nothing to resume: {run} holds no complete checkpoint")
@@ -129,7 +129,7 @@ def starting_point(run: Path, resume: bool, plan: dict[str, Any]) -> Path | None
     return found
 
 
-def _is_record(path: Path) -> bool:
+def is_record(path: Path) -> bool:
     """Whether a file is the record that a run keeps of itself."""
     try:
         return "recipe" in _object(path)

@@ -7,6 +7,8 @@ from pmnet.data.tasks import CopyPaste, Filler, Lookup, Needle, Problem, Recall,
 from pmnet.train.ladder import Ladder, Part
 from pmnet.train.recipes import Recipe
 
+LARGEST = 2**16  # greatest size, rounds and gap: an episode is trained on as a whole, and each size is a stage
+
 Curriculum = tuple[list[Problem], list[Part]]  # stages from easy to hard, and what the last one is made of
 
 
@@ -99,9 +101,15 @@ def build_ladder(task: str, recipe: Recipe, processes: int = 1) -> Ladder:
     """The ladder of `task`, read by `processes` in turns; all stages are left by the middle of training at the latest.
 
     Raises:
-        ValueError: if `recipe.size` is smaller than the smallest problem of the task.
+        ValueError: if the task has no problem of `recipe.size`, or size, rounds or gap are beyond `LARGEST`.
     """
-    stages, mixture = CURRICULA[task](recipe)
+    for name, value in (("size", recipe.size), ("rounds", recipe.rounds), ("gap (reach of the window)", recipe.gap)):
+        if value > LARGEST:
+            raise ValueError(f"{name} is at most {LARGEST:,} in training, got {value:,}")
+    try:
+        stages, mixture = CURRICULA[task](recipe)
+    except ValueError as error:
+        raise ValueError(f"size {recipe.size}: {error}") from error
     if not mixture:
         raise ValueError(f"there is nothing to learn at size {recipe.size}: this task begins at a larger one")
     return Ladder(stages, mixture, recipe.batch_size, recipe.seed, recipe.steps // 2, processes=processes)

@@ -84,9 +84,9 @@ class Recipe:
         if not 0 <= self.quiet < math.inf:
             raise ValueError(f"quiet must be finite and not negative, not {self.quiet}")
         if self.piece is not None and not self.carry:
-            raise ValueError("piece is for reading in order: it needs carry")
+            raise ValueError(f"piece ({self.piece}) is for reading in order: it needs carry")
         if self.rounds > 1 and not self.finish:
-            raise ValueError("several rounds are for a model that knows the task: they need finish")
+            raise ValueError(f"{self.rounds} rounds are for a model that knows the task: they need finish (box-finish)")
         if self.carry and self.compile:
             raise ValueError("a step traced with torch.compile (compile) reads windows without a carried state (carry)")
         if self.quiet and self.compile:

@@ -14,7 +14,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from pmnet.data.tasks.episodes import Episodes, Piece, Span
+from pmnet.data.tasks.episodes import LONGEST, Episodes, Piece, Span
 from pmnet.data.tasks.filler import Filler
 from pmnet.model.tokenizer import COPY, EOS, PASTE
 
@@ -47,6 +47,9 @@ class CopyPaste:
             raise ValueError(f"copy-paste needs gaps from 0 up, got {self.gap}")
         if self.rounds < 1:
             raise ValueError(f"copy-paste needs at least one string, got {self.rounds}")
+        if self.rounds * self.length[1] > LONGEST:
+            letters = f"{self.rounds * self.length[1]:,}"
+            raise ValueError(f"the strings of an episode have at most {LONGEST:,} letters together, got {letters}")
 
     def draw(self, rows: int, generator: torch.Generator) -> Episodes:
         """`rows` episodes."""

@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+LONGEST = 2**20  # columns of an episode that are made at once; it may have more where it is read piece by piece
+
 
 class Piece(Protocol):
     """Some columns of all sequences, of a length known beforehand."""
@@ -48,6 +50,12 @@ class Span:
         return ids, scored
 
 
+def check_length(columns: int) -> None:
+    """ValueError if an episode has more than `LONGEST` columns, too many to be made at once."""
+    if columns > LONGEST:
+        raise ValueError(f"an episode of {columns:,} bytes cannot be read at once; {LONGEST:,} is the most")
+
+
 @dataclass(frozen=True)
 class Episodes:
     """B episodes of one task.
@@ -75,7 +83,12 @@ class Episodes:
                 yield piece.columns(start, min(start + size, piece.length))
 
     def dense(self) -> tuple[Tensor, Tensor]:
-        """All columns at once: ids, int64 `[B, T]`, and answers, bool `[B, T]`."""
+        """All columns at once: ids, int64 `[B, T]`, and answers, bool `[B, T]`.
+
+        Raises:
+            ValueError: if there are more than `LONGEST`.
+        """
+        check_length(self.length)
         ids, scored = zip(*self.chunks(max(1, self.length)), strict=True)
         return torch.cat(ids, dim=1), torch.cat(scored, dim=1)
 

@@ -17,6 +17,8 @@ from pmnet.data.tasks.copy_paste import marked
 from pmnet.data.tasks.episodes import Episodes, Span
 from pmnet.model.tokenizer import PASTE
 
+LONGEST = 2**14  # letters of a string: every key in it is compared with every other
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -39,6 +41,8 @@ class Lookup:
             raise ValueError(f"the key of a lookup is 'suffix' or 'prefix', not {self.key!r}")
         if not 1 <= self.order < self.length[0] <= self.length[1]:
             raise ValueError(f"no room for a key and its answer in {self}")
+        if self.length[1] > LONGEST:
+            raise ValueError(f"the string of a lookup has at most {LONGEST:,} letters, got {self.length[1]:,}")
 
     def draw(self, rows: int, generator: torch.Generator) -> Episodes:
         """`rows` episodes."""

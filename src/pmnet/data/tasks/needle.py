@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from pmnet.data.tasks.episodes import Episodes, Piece, Span
+from pmnet.data.tasks.episodes import LONGEST, Episodes, Piece, Span
 from pmnet.data.tasks.filler import Filler
 
 KINDS = ("number", "pair", "keys", "variables")
@@ -44,6 +44,8 @@ class Needle:
             raise ValueError(f"unknown needle {self.kind!r}; there are {', '.join(KINDS)}")
         if self.depth is not None and not 0 <= self.depth <= 1:
             raise ValueError(f"the depth of a needle is from 0 to 1, got {self.depth}")
+        if self.kind == "keys" and self.length > LONGEST:
+            raise ValueError(f"a text of statements (keys) has at most {LONGEST:,} bytes, got {self.length:,}")
 
     def draw(self, rows: int, generator: torch.Generator) -> Episodes:
         """`rows` episodes."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pmnet.data.tasks.episodes import Episodes, Span
+from pmnet.data.tasks.episodes import LONGEST, Episodes, Span
 from pmnet.model.tokenizer import PASTE
 
 BLANK = 0
@@ -33,6 +33,8 @@ class SelectiveCopy:
     def __post_init__(self) -> None:
         if self.letters < 1 or self.length < 2 * self.letters + 1 or not 3 <= self.vocabulary <= 257:
             raise ValueError(f"no room for selective copying in {self}")
+        if self.length > LONGEST:
+            raise ValueError(f"selective copying has at most {LONGEST:,} columns, got {self.length:,}")
 
     def draw(self, rows: int, generator: torch.Generator) -> Episodes:
         """`rows` episodes."""

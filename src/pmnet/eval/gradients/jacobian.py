@@ -60,14 +60,10 @@ def jacobian(model: PreTrainedModel, positions: int, rows: int, seed: int) -> di
         bit, what it differs by `positions` later.
 
     Raises:
-        ValueError: if the model is of no kind named in `FURTHEST`, or a PMNet with its recurrence off.
+        ValueError: if `check_through_time` does.
     """
-    kind = model.config.model_type
-    if kind not in FURTHEST:
-        raise ValueError(f"no gradients through time for {kind!r}; there are {', '.join(FURTHEST)}")
-    if getattr(model.config, "memory_cumsum", True) is False:
-        raise ValueError("no gradients through time without recurrence: memory_cumsum is off in this model")
-    forward, reverse = (min(positions, limit) for limit in FURTHEST[kind])
+    check_through_time(model)
+    forward, reverse = (min(positions, limit) for limit in FURTHEST[model.config.model_type])
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 256, (rows, WARM + max(forward, reverse) + 1), generator=generator)
     if isinstance(model, PMNetForCausalLM):
@@ -78,6 +74,15 @@ def jacobian(model: PreTrainedModel, positions: int, rows: int, seed: int) -> di
     one = recurrence(model)
     state = forward_gain(one, ids[:, : WARM + forward], generator)
     return {"curves": {"state": state, "loss": loss_gradient(one, ids[:, : WARM + reverse + 1])}}
+
+
+def check_through_time(model: PreTrainedModel) -> None:
+    """ValueError if the model is of no kind named in `FURTHEST`, or a PMNet with its recurrence off."""
+    kind = model.config.model_type
+    if kind not in FURTHEST:
+        raise ValueError(f"no gradients through time for {kind!r}; there are {', '.join(FURTHEST)}")
+    if getattr(model.config, "memory_cumsum", True) is False:
+        raise ValueError("no gradients through time without recurrence: memory_cumsum is off in this model")
 
 
 def distances(longest: int) -> list[int]:

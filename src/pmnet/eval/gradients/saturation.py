@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from pmnet.data.tasks import Filler
 from pmnet.model import PMNetCache, PMNetForCausalLM
@@ -37,10 +38,9 @@ def spread(model: PMNetForCausalLM, longest: int, rows: int, seed: int, kind: st
         kind: of filler that is read.
 
     Raises:
-        ValueError: if the model's recurrence is off: its states are of one position.
+        ValueError: if `check_fills` does.
     """
-    if not model.config.memory_cumsum:
-        raise ValueError("a state is not filled without recurrence: memory_cumsum is off in this model")
+    check_fills(model)
     filling = Filler(kind).draw(rows, longest, torch.Generator().manual_seed(seed))
     cache, found, done = PMNetCache(model.config, rows), [], 0
     for power in range(longest.bit_length()):
@@ -55,6 +55,14 @@ def spread(model: PMNetForCausalLM, longest: int, rows: int, seed: int, kind: st
             levels.append(1 - float(unbiased.sqrt()))
         found.append({"bytes": done, "levels": levels})
     return found
+
+
+def check_fills(model: PreTrainedModel) -> None:
+    """ValueError if it is no PMNet, or one with its recurrence off: states of single positions do not fill."""
+    if type(model) is not PMNetForCausalLM:
+        raise ValueError(f"a {model.config.model_type} is not a PMNet")
+    if not model.config.memory_cumsum:
+        raise ValueError("a state is not filled without recurrence: memory_cumsum is off in this model")
 
 
 def capacity(size: int, trials: int, seed: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pmnet.train.loop import loss_of
 
 LETTERS = 8
 MARKERS = 4  # COPY, EOS, PASTE, EOS
+SHORTEST = 2 * LETTERS + MARKERS
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,9 @@ def run(config: PreTrainedConfig, trial: Trial) -> tuple[list[float], list[float
     """Losses and gradient norms of every step; the first that is not finite is the last one.
 
     Raises:
-        ValueError: if T has no room for letters and markers.
+        ValueError: if T has no room for letters and markers, or is too much to be read at once.
     """
-    gap = trial.total - 2 * LETTERS - MARKERS
+    gap = trial.total - SHORTEST
     problem = CopyPaste((LETTERS, LETTERS), (gap, gap))
     torch.manual_seed(trial.seed)
     model = AutoModelForCausalLM.from_config(config).train()

@@ -1,0 +1,93 @@
+"""What a command leaves behind: tables of what was measured, and where its numbers come from."""
+
+import json
+import shlex
+import shutil
+import sys
+
+import pytest
+
+from pmnet.report import provenance
+from tests.conftest import run_cli, small_model
+
+ROW = {"size": 8, "variant": "random", "distance": 8, "exact": 1.0, "low": 0.9, "high": 1.0, "letters": 1.0}
+
+
+@pytest.fixture
+def model(tmp_path):
+    small_model("deep").save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def second_time(error, found):
+    """A measurement that gives `found`, and ends in `error` when it is made again."""
+    made = iter([found])
+
+    def measure(*_):
+        try:
+            return next(made)
+        except StopIteration:
+            raise error from None
+
+    return measure
+
+
+@pytest.mark.parametrize(("error", "expected"), [(KeyboardInterrupt(), 130), (RuntimeError("out of memory"), 1)])
+def test_cells_that_were_measured_are_shown(model, monkeypatch, error, expected):
+    monkeypatch.setattr("pmnet.cli_retrieval.measure_cell", second_time(error, {**ROW, "control": None}))
+    code, printed = run_cli(["eval", "retrieval", model])
+    assert code == expected
+    table = printed.partition("1000 answers per cell")[2].split()
+    assert table[table.index("random") :][:4] == ["random", "8", "100.0%", "90.0-100.0"]
+
+
+def test_rows_that_were_read_are_shown(model, tmp_path, monkeypatch):
+    (tmp_path / "book").write_bytes(b"It was a dark and stormy night. " * 40)
+    row = {"total": 7.25, "word_perplexity": 1.0, "bytes_per_second": 1.0, "bits": [[7.25]], "edges": [64]}
+    monkeypatch.setattr("pmnet.cli_longcontext.bits_by_position", second_time(KeyboardInterrupt(), row))
+    code, printed = run_cli(["eval", "longcontext", model, "--data", str(tmp_path / "book"), "--length", "64"])
+    assert code == 130
+    assert "7.2500" in printed.partition("word perplexity")[2]
+
+
+def test_nothing_that_was_measured_is_no_table(model, monkeypatch):
+    monkeypatch.setattr("pmnet.cli_retrieval.measure_cell", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    assert "answers per cell" not in run_cli(["eval", "retrieval", model])[1]
+
+
+def test_a_stored_command_can_be_given_again(monkeypatch):
+    given = ["demo", "--string", "it's a dark night", "--seconds", "0", "--models", ""]
+    monkeypatch.setattr(sys, "argv", ["pmnet", *given])
+    assert shlex.split(provenance.provenance()["command"])[-len(given) :] == given
+
+
+def test_the_record_of_a_run_names_the_commits_of_all_its_parts(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    command = ["train", "copy-paste", "--size", "1", "--steps", "1", "--batch-size", "1", "--out", str(run)]
+
+    def record(commit, *more):
+        monkeypatch.setenv("PMNET_COMMIT", commit)
+        assert run_cli([*command, *more])[0] == 0
+        return json.loads((run / "config.json").read_text())
+
+    first = record("a")
+    assert first["commit"] == "a"
+    assert "resumed" not in first
+    record("b", "--resume")
+    last = record("c", "--resume")
+    assert [part["commit"] for part in last.pop("resumed")] == ["b", "c"]
+    assert last == first
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "model")
+    again = record("d")
+    assert again["commit"] == "d"
+    assert "resumed" not in again
+
+
+@pytest.mark.parametrize(("steps", "told"), [(100, True), (101, False)])
+def test_steps_within_the_warm_up_are_told(tmp_path, monkeypatch, steps, told):
+    monkeypatch.setattr("pmnet.cli_train.train", lambda *_, **__: None)
+    code, printed = run_cli(["train", "copy-paste", "--steps", str(steps), "--out", str(tmp_path / "run")])
+    assert code == 0
+    line = "100 steps end within the warm-up of 100: the learning rate never reaches 0.002"
+    assert (line in printed.splitlines()) == told
