@@ -243,7 +243,7 @@ def test_the_commands_store_what_they_measured(tmp_path):
     save = ["--save", str(tmp_path)]
     runs = {
         "jacobian": [str(tmp_path / "model"), "--models", "lstm,gated-memory", "--positions", "4", "--rows", "1"],
-        "training": ["--models", "pmnet,lstm", "--steps", "2", "--lengths", "30,60", "--seeds", "1", "--scales", "3"],
+        "training": ["--models", "pmnet,lstm", "--steps", "2", "--lengths", "60,30", "--seeds", "1", "--scales", "3"],
         "precision": ["--lengths", "200", "--steps", "2", "--seeds", "1"],
         "saturation": [str(tmp_path / "model"), "--longest", "8", "--rows", "2", "--trials", "4", "--seeds", "1"],
     }

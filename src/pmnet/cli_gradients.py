@@ -221,7 +221,7 @@ def _lengths(text: str, least: int, most: int) -> list[int]:
     found = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
     if not all(least <= number <= most for number in found):
         raise ValueError(f"--lengths are whole numbers from {least:,} to {most:,}, separated by commas, not {text!r}")
-    return found
+    return sorted(found)
 
 
 def _numbers(option: str, text: str) -> list[float]:
@@ -231,4 +231,4 @@ def _numbers(option: str, text: str) -> list[float]:
         found = []
     if not found or not all(0 < number < math.inf for number in found):
         raise ValueError(f"{option} are numbers above 0, separated by commas, not {text!r}")
-    return found
+    return sorted(found)
