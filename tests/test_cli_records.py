@@ -77,10 +77,15 @@ def test_the_record_of_a_run_names_the_commits_of_all_its_parts(tmp_path, monkey
     last = record("c", "--resume")
     assert [part["commit"] for part in last.pop("resumed")] == ["b", "c"]
     assert last == first
+    (run / "config.json").write_text("{")
+    lost = record("d", "--resume")
+    assert [part["commit"] for part in lost["resumed"]] == ["d"]
+    assert lost["commit"] is None
+    assert lost["recipe"] == first["recipe"]
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(run / "model")
-    again = record("d")
-    assert again["commit"] == "d"
+    again = record("e")
+    assert again["commit"] == "e"
     assert "resumed" not in again
 
 

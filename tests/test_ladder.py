@@ -97,3 +97,11 @@ def test_a_task_grows_to_the_size_that_was_asked_for():
     for name, size, grown in (("needle", 700, "length"), ("needle", 2000, "length"), ("recall", 100, "pairs")):
         ladder = build_ladder(name, replace(RECIPES[name]["demo"](), size=size))
         assert getattr(ladder.mixture[-1].problem, grown) == size
+
+
+@pytest.mark.parametrize("name", ["lookup", "recall", "selective-copy", "needle"])
+def test_only_copy_paste_is_bound_by_the_gap(name):
+    plan = replace(RECIPES[name]["demo"](), gap=10**6)
+    assert build_ladder(name, plan).batch(0)["input_ids"].numel()
+    with pytest.raises(ValueError, match=r"gap \(reach of the window\) is at most 65,536 in training, got 1,000,000"):
+        build_ladder("copy-paste", replace(plan, size=8))

@@ -13,6 +13,7 @@ import platform
 import shlex
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,28 +78,31 @@ def library() -> ctypes.CDLL | None:
 
 
 def _load(command: list[str], target: Path) -> ctypes.CDLL:
-    """The library at `target`, built if it is not there and whole; where nothing can be kept, for this process only."""
-    if not _is_whole(target):
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _build(command, target)
-        except OSError:
-            with tempfile.TemporaryDirectory() as folder:
-                return ctypes.CDLL(str(_build(command, Path(folder) / target.name)))
-    return ctypes.CDLL(str(target))
-
-
-def _build(command: list[str], target: Path) -> Path:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / target.name
+    """The library at `target`, compiled if it is not there and whole; for this process alone if it cannot be kept."""
+    if _is_whole(target):
+        with suppress(OSError):  # a folder that no library may be loaded from
+            return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / target.name
         subprocess.run([*command, "-o", str(built)], capture_output=True, check=True, text=True)
-        digest = hashlib.sha256(built.read_bytes()).digest()
-        with built.open("ab") as file:  # what follows the sections of a library is nobody's
-            file.write(digest)
+        try:
+            _keep(built.read_bytes(), target)
+            return ctypes.CDLL(str(target))
+        except OSError as error:
+            logging.getLogger("pmnet").warning("CPU kernels are compiled for this process alone: %s", error)
+            return ctypes.CDLL(str(built))
+
+
+def _keep(library: bytes, target: Path) -> None:
+    """Write it with its digest, which nobody reads who loads it, so that it appears complete or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        complete = Path(scratch) / target.name
+        with complete.open("wb") as file:
+            file.write(library + hashlib.sha256(library).digest())
             file.flush()
             os.fsync(file.fileno())
-        os.replace(built, target)
-    return target
+        os.replace(complete, target)
 
 
 def _is_whole(library: Path) -> bool:

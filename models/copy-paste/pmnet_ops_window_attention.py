@@ -28,7 +28,7 @@ def window_attention(query: Tensor, keys: Tensor, values: Tensor, span: Tensor, 
         far it stands from the first row of the call.
 
     Raises:
-        ValueError: if shapes or dtypes do not agree, or a span is not in `1..W`.
+        ValueError: if shapes or dtypes do not agree or, on the CPU, a span is not in `1..W`.
         RuntimeError: on a CPU without the native kernels.
     """
     if backend.runs_triton(query):

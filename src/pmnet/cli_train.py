@@ -123,11 +123,14 @@ def train_command(
 
 
 def _record(path: Path, facts: dict[str, Any], resume: bool) -> None:
-    """Write the record of a run; where it goes on, that of its first part is kept, and those of later ones appended."""
-    if resume and is_record(path):
-        first = json.loads(path.read_text())
+    """Write the record of a run; where it goes on, that of its first part is kept, and those of later ones appended.
+
+    Of a first part whose record is lost, nothing but the recipe is known: it is null.
+    """
+    if resume:
         part = {key: facts[key] for key in ("command", "date", "commit", "versions", "machine")}
-        facts = first | {"resumed": [*first.get("resumed", []), part]}
+        first = json.loads(path.read_text()) if is_record(path) else facts | dict.fromkeys(part)
+        facts = first | {"resumed": [*(first.get("resumed") or []), part]}
     write_json(path, facts)
 
 

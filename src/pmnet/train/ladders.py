@@ -103,7 +103,10 @@ def build_ladder(task: str, recipe: Recipe, processes: int = 1) -> Ladder:
     Raises:
         ValueError: if the task has no problem of `recipe.size`, or size, rounds or gap are beyond `LARGEST`.
     """
-    for name, value in (("size", recipe.size), ("rounds", recipe.rounds), ("gap (reach of the window)", recipe.gap)):
+    used = {"size": recipe.size}
+    if task == "copy-paste":
+        used |= {"rounds": recipe.rounds, "gap (reach of the window)": recipe.gap}
+    for name, value in used.items():
         if value > LARGEST:
             raise ValueError(f"{name} is at most {LARGEST:,} in training, got {value:,}")
     try:

@@ -138,11 +138,10 @@ def box() -> Recipe:
     """The first half of a model of long strings: up to 12 bytes.
 
     It has sixteen slots to a group: with the eight of the demo, strings end before 20 letters. And eight heads, twice
-    those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise. And
-    64 phases to a slot, also twice: letters that share a slot are told apart by them, and are learned sooner.
+    those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise.
     """
     model = demo_model()
-    model.sliding_window, model.num_memory, model.memory_size = 16, 16, 64
+    model.sliding_window, model.num_memory = 16, 16
     model.num_attention_heads = model.num_key_value_heads = 8
     return replace(demo(12), model=model, gap=model.receptive_field, hold=0.5)
 
