@@ -23,6 +23,8 @@ def copy_paste(recipe: Recipe) -> Curriculum:
     within, just beyond and far beyond the reach in equal parts; with `recipe.rounds`, as often each number of strings.
     """
     size, reach = recipe.size, recipe.gap
+    _check("rounds", recipe.rounds)
+    _check("gap (reach of the window)", reach)
     every = (Filler(), Filler(), Filler("constant"), Filler("text"))
     near, beyond, far = (0, reach), (reach, reach + 6), (reach, reach + 4 * (2 * size + 4 + reach))
     if recipe.finish:
@@ -97,18 +99,18 @@ CURRICULA: dict[str, Callable[[Recipe], Curriculum]] = {
 }
 
 
+def _check(name: str, value: int) -> None:
+    if value > LARGEST:
+        raise ValueError(f"{name} is at most {LARGEST:,} in training, got {value:,}")
+
+
 def build_ladder(task: str, recipe: Recipe, processes: int = 1) -> Ladder:
     """The ladder of `task`, read by `processes` in turns; all stages are left by the middle of training at the latest.
 
     Raises:
         ValueError: if the task has no problem of `recipe.size`, or size, rounds or gap are beyond `LARGEST`.
     """
-    used = {"size": recipe.size}
-    if task == "copy-paste":
-        used |= {"rounds": recipe.rounds, "gap (reach of the window)": recipe.gap}
-    for name, value in used.items():
-        if value > LARGEST:
-            raise ValueError(f"{name} is at most {LARGEST:,} in training, got {value:,}")
+    _check("size", recipe.size)
     try:
         stages, mixture = CURRICULA[task](recipe)
     except ValueError as error:
