@@ -19,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/pmnet eval retrieval $(RUN)/model --save $(RUN)
 
 test: .venv/installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/installed
 	$(BIN)/ruff check .

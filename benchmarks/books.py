@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM
 from benchmarks.pages import Json, metrics
 from pmnet.baselines import Carry, carries, control
 from pmnet.report.provenance import provenance, write_json
-from pmnet.train.loop import build_optimizers, loss_of
+from pmnet.train.loop import loss_of
+from pmnet.train.optimizers import build_optimizers
 from pmnet.train.recipes import RECIPES
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)

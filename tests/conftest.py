@@ -1,7 +1,13 @@
 """Small models that exercise every shape: several levels, grouped heads, reads without writes, a width that is no
 multiple of a vector register."""
 
+import os
+
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before PyTorch is imported: they share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+
 import torch
 
 import pmnet

@@ -15,7 +15,8 @@ from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.eval.suite import grid
 from pmnet.train.ladders import build_ladder
-from pmnet.train.loop import TrainingInterrupted, build_schedule, train
+from pmnet.train.loop import TrainingInterrupted, train
+from pmnet.train.optimizers import build_schedule
 from pmnet.train.progress import Reporter
 from pmnet.train.recipes import RECIPES
 from tests.conftest import run_cli, small_model

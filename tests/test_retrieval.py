@@ -21,7 +21,8 @@ from pmnet.eval.suite import grid, measure_cell
 from pmnet.model.export import export_code
 from pmnet.model.load import load_model
 from pmnet.train.ladders import build_ladder
-from pmnet.train.loop import build_optimizers, train
+from pmnet.train.loop import train
+from pmnet.train.optimizers import build_optimizers
 from pmnet.train.recipes import RECIPES
 from tests.conftest import random_ids, run_cli, small_model
 

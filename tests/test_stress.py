@@ -153,10 +153,12 @@ def test_twenty_signals_at_random_moments_change_no_bit(tmp_path, monkeypatch):
 
 def test_a_killed_process_resumes_to_the_same_bits(text, tmp_path):
     run = tmp_path / "run"
-    arguments = ["train", "--data", str(text), "--steps", "80", "--batch-size", "2", "--length", "16",
-                 "--checkpoint-seconds", "0"]  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "pmnet", *arguments, "--out", str(run)],
-                               env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)  # fmt: skip
+    arguments = ["train", "--data", str(text), "--steps", "80", "--batch-size", "2", "--length", "16"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pmnet", *arguments, "--out", str(run), "--checkpoint-seconds", "0"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 60
     while latest_checkpoint(run) is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

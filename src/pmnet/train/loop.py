@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel, get_scheduler
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pmnet.baselines import Carry, carries, load_any, matrix_scan
 from pmnet.memory import MemoryRead
@@ -27,6 +27,7 @@ from pmnet.train.checkpoint import (
     save_model,
     starting_point,
 )
+from pmnet.train.optimizers import build_optimizers, build_schedule
 from pmnet.train.progress import Reporter
 from pmnet.train.quiet import Objective, quieted
 from pmnet.train.recipes import Recipe
@@ -234,38 +235,6 @@ def loss_of(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) ->
     counted = labels != -100
     right = (logits.argmax(-1) == labels) & counted
     return loss, (right.sum() / counted.sum()).detach()
-
-
-def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, with weight decay on matrices and anchors only; with `muon`, Muon for the matrices of linear maps."""
-    linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} if recipe.muon else set()
-    linear -= {model.get_output_embeddings().weight}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and p not in linear]
-    plain = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
-    if not linear:
-        return [adamw]
-    matrices = [p for p in model.parameters() if p in linear]
-    muon = torch.optim.Muon(
-        matrices, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-    )
-    return [adamw, muon]
-
-
-def build_schedule(optimizer: torch.optim.Optimizer, recipe: Recipe) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm-up, constant for `hold` of the steps, cosine decay to `final_rate` of the peak."""
-    held = max(0, int(recipe.hold * recipe.steps) - recipe.warmup)
-    return get_scheduler(
-        "warmup_stable_decay",
-        optimizer,
-        num_warmup_steps=recipe.warmup,
-        scheduler_specific_kwargs={
-            "num_stable_steps": held,
-            "num_decay_steps": max(1, recipe.steps - recipe.warmup - held),
-            "min_lr_ratio": recipe.final_rate,
-        },
-    )
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pmnet.data.tasks import Filler
 from pmnet.ops import circular_difference, phase_scan, to_radians, to_turns
-from pmnet.train.loop import build_optimizers, loss_of
+from pmnet.train.loop import loss_of
+from pmnet.train.optimizers import build_optimizers
 from pmnet.train.recipes import Recipe
 
 Scan = Callable[[Tensor], Tensor]  # rotations in radians, float32 [B, T, C], to the states after each, one group
