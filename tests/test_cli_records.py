@@ -96,3 +96,9 @@ def test_steps_within_the_warm_up_are_told(tmp_path, monkeypatch, steps, told):
     assert code == 0
     line = "100 steps end within the warm-up of 100: the learning rate never reaches 0.002"
     assert (line in printed.splitlines()) == told
+
+
+def test_what_is_named_twice_is_measured_once(model, tmp_path):
+    options = ["--sizes", "2,2", "--distances", "1,1", "--variants", "random,random", "--strings", "4"]
+    assert run_cli(["eval", "retrieval", model, *options, "--save", str(tmp_path)])[0] == 0
+    assert len(json.loads((tmp_path / "copy-paste.json").read_text())["cells"]) == 1

@@ -1,10 +1,12 @@
 """Bad input is refused before anything is measured, in one sentence that names the option and the value."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from pmnet import cli_bench
 from pmnet.baselines import LSTMConfig, LSTMForCausalLM
 from pmnet.data.tasks import CopyPaste, Filler, Lookup
 from pmnet.data.tasks.episodes import LONGEST
@@ -165,6 +167,12 @@ def test_names_that_are_not_utf8_are_refused_before_the_work(folder, command):
         assert code == 2
         assert f"{option} is not UTF-8" in printed
     assert sorted(os.listdir()) == before
+
+
+def test_flops_are_not_counted_for_a_place_that_cannot_be_written(folder, monkeypatch):
+    Path("file").write_text("")
+    monkeypatch.setattr(cli_bench, "tables", lambda *given: pytest.fail("counted"))
+    fails(["flops", "--preset", "demo", "--json", "file/counts.json"], "nothing can be saved in file")
 
 
 def test_a_run_in_a_folder_that_is_not_utf8_is_refused(folder, monkeypatch):

@@ -29,6 +29,8 @@ def flops_command(
     if (model is None) == (preset is None):
         raise ValueError("give either a model folder or --preset")
     config = load_model(model).config if model is not None else _preset(str(preset))
+    if save is not None:
+        prepare_folder(save.parent, save.name)
     console = Console()
     for table in tables(config, length):
         console.print(table)

@@ -137,7 +137,7 @@ def _progress() -> Progress:
 
 
 def _parts(option: str, text: str) -> list[str]:
-    found = [part.strip() for part in text.split(",") if part.strip()]
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if text and not found:
         raise ValueError(f"{option} names none, got {text!r}")
     return found
