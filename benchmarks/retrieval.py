@@ -42,6 +42,7 @@ def page(root: Path) -> str:
         *_rounds("One string after another in the same state", sorted(root.glob("rounds/*/*/copy-paste.json"))),
         *_section("A million bytes: demo preset, seed 0", _cells(root.glob("demo/million/copy-paste.json"))),
         *_seeds("Demo preset, trained from scratch", sorted(root.glob("demo/seed-*"))),
+        *_seeds("Demo preset, Muon in float32", sorted(root.glob("demo-float32/seed-*"))),
         *_runs("Controls: about equal parameters, as many batches", sorted(root.glob("controls/*")), "model"),
         *_runs("Grid of rotations, seed 0", [root / "demo" / "seed-0", *root.glob("phase-bits/*")], "phase_bits"),
         *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*"))),

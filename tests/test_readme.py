@@ -67,6 +67,16 @@ def test_the_table_of_the_demo_is_stored():
         assert [f"{100 * x:.1f}" for x in expected] == [figure for figure in figures if figure]
 
 
+def test_the_demo_with_the_optimizer_of_today_is_stored():
+    paths = sorted(ROOT.glob("results/retrieval/demo-float32/seed-*/copy-paste.json"))
+    stored = [json.loads(path.read_text())["cells"] for path in paths]
+    assert len(stored) == 3
+    for column, distance in ((-2, "960"), (-1, "10,000")):
+        low, middle, high = (f"{100 * x:.1f}" for x in sorted(cells[column]["exact"] for cells in stored))
+        assert {f"{cells[column]['distance']:,.0f}" for cells in stored} == {distance}
+        assert f"{middle} % ({low}-{high}) at {distance}" in " ".join(README.split())
+
+
 def test_the_cost_of_int8_is_stored():
     for name in ("float32", "int8"):
         stored = json.loads((ROOT / "results" / "int8" / f"{name}.json").read_text())
