@@ -4,13 +4,13 @@ multiple of a vector register."""
 import os
 
 import pytest
-
-if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before PyTorch is imported: they share the cores
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
-
 import torch
 
 import pmnet
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, with the programs that they start
+    share = os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
+    torch.set_num_threads(int(share))
 
 SHAPES = {
     "deep": {"num_hidden_layers": 3, "memory_write_period": 1, "sliding_window": 6},
