@@ -31,5 +31,6 @@ def test_muon_rounds_to_float32_only(shape):
         step = direction(gradient.double().lerp(moment, 0.95))
         before = before * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(shape) ** 0.5 * step
     moved = 0.01 * 0.2 * max(shape) ** 0.5
-    assert (weight.detach() - before).abs().max() <= 1e-5 * moved + 1e-7 * before.abs().max() * 4  # bfloat16: 4e-3
-    assert weight.detach().bfloat16().dtype == torch.bfloat16  # only within a step
+    bound = 1e-5 * moved + 4e-7 * before.abs().max()  # bfloat16 is a hundred times as far
+    assert (weight.detach() - before).abs().max() <= bound
+    assert weight.detach().bfloat16().dtype == torch.bfloat16  # as ever outside a step
