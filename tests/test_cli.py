@@ -177,6 +177,7 @@ def test_bad_data_is_named(model, tmp_path):
     for option in ("--phase-bits", "--window"):
         fails(["train", "--model", "llama", option, "3", "--data", empty, "--out", tmp_path / "r"], option, "llama")
     fails(["train", "--data", empty, "--learning-rate", "inf", "--out", tmp_path / "r"], "learning_rate", "inf")
+    fails(["train", "--data", empty, "--learning-rate", "1e41", "--out", tmp_path / "r"], "learning_rate", "1e+41")
     fails(["train", "copy-paste", "--carry", "--out", tmp_path / "r"], "--carry", "copy-paste")
     fails(["train", "--size", "3", "--data", empty, "--out", tmp_path / "r"], "--size")
     fails(["train", "--precision", "fp16", "--data", empty, "--out", tmp_path / "r"], "fp16")
