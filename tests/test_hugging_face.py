@@ -147,3 +147,46 @@ def test_a_tokenizer_is_as_long_as_its_ids_reach():
         tokenizer.add_tokens(["<t>"])
         assert tokenizer.convert_tokens_to_ids("<t>") == 384
         assert len(tokenizer) == 385
+
+
+def test_pipelines_take_no_bytes_away():
+    tokenizer, text = pmnet.ByteTokenizer(), " , b ) . it 's n't"
+    assert tokenizer.decode(tokenizer(text)["input_ids"], clean_up_tokenization_spaces=True) == text
+
+
+def test_added_tokens_may_look_like_bytes():
+    tokenizer = pmnet.ByteTokenizer()
+    tokenizer.add_tokens(["<0xZZ>"])
+    assert tokenizer.decode([65, tokenizer.convert_tokens_to_ids("<0xZZ>"), 66]) == "A<0xZZ>B"
+
+
+def test_labels_of_chosen_positions_have_the_mask_of_these(model):
+    ids, mask = random_ids(1, 12), torch.tensor([[1] * 9 + [0] * 3])
+    for chosen in (torch.arange(6), torch.tensor([0, 1, 2, 3, 9, 10])):
+        found = model(ids, labels=ids[:, chosen], logits_to_keep=chosen, attention_mask=mask).loss
+        seen = model(ids[:, :9]).logits[:, chosen[chosen < 9]]
+        expected = torch.nn.functional.cross_entropy(seen[0, :5], ids[0, chosen[1:6]][: seen.shape[1]][:5])
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_an_angle_base_set_later_is_kept_when_saved(tmp_path):
+    given = {"rope_theta": 500.0, "rope_type": "default"}
+    config = pmnet.PMNetConfig(rope_parameters=given)
+    assert config.rope_theta == 500.0
+    config.rope_theta = 77.0
+    config.save_pretrained(tmp_path)
+    assert pmnet.PMNetConfig.from_pretrained(tmp_path).rope_theta == 77.0
+    assert given == {"rope_theta": 500.0, "rope_type": "default"}
+
+
+def test_a_stream_knows_several_ends_of_text():
+    model = small_model("deep", eos_token_id=[258, 10, 13])
+    drawn = b"".join(pmnet.stream_bytes(model, b"a", pmnet.PMNetCache(model.config), 400, temperature=100.0))
+    assert len(drawn) == 400
+    assert not set(drawn) & {10, 13}
+
+
+def test_text_is_searched_for_special_tokens_only_where_a_call_says_so():
+    tokenizer = pmnet.ByteTokenizer()
+    assert tokenizer("<bos>a")["input_ids"] == [*b"<bos>a"]
+    assert tokenizer("<bos>a", split_special_tokens=False)["input_ids"] == [257, 97]

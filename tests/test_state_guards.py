@@ -151,3 +151,20 @@ def test_ids_of_another_type_are_named(model, kind):
 def test_a_state_is_not_cast():
     with pytest.raises(ValueError, match=r"not cast to torch\.bfloat16"):
         pmnet.PMNetCache(small_config("deep")).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_positions_that_are_no_integers_are_refused(model, gradient):
+    with torch.set_grad_enabled(gradient), pytest.raises(ValueError, match="position_ids must be integers"):
+        model(random_ids(1, 9), position_ids=torch.arange(9.0).unsqueeze(0) + 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"labels": random_ids(1, 9)}, "labels must be"), ({"logits_to_keep": torch.tensor([0, 9])}, "got 9")],
+)
+def test_what_does_not_fit_the_logits_is_found_before_the_state_moves(model, arguments, message):
+    cache = pmnet.PMNetCache(model.config, 2)
+    with pytest.raises(ValueError, match=message):
+        model(random_ids(2, 9), past_key_values=cache, **arguments)
+    assert cache.columns == 0

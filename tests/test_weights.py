@@ -10,6 +10,8 @@ import torch.nn.utils.prune
 from torch import nn
 
 import pmnet
+from pmnet.memory import MemoryRead, MemoryWrite
+from pmnet.model.block import SwiGLU
 from pmnet.ops import Linear, RMSNorm
 from tests.conftest import random_ids, small_model
 from tests.stepping import both, prefilled
@@ -162,3 +164,25 @@ def test_a_model_that_stepped_can_be_freed(steps):
     gc.collect()
     assert steps.count == 1
     assert not any(reference() is not None for reference in gone)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [(SwiGLU, "forward"), (RMSNorm, "forward"), (Linear, "forward"), (MemoryWrite, "propose"), (MemoryRead, "seen")],
+)
+def test_methods_put_into_a_class_are_called(kind, name, first, monkeypatch):
+    """Before the first step, or after one: with and without a gradient, the same model."""
+    model, ids, own = small_model("deep"), random_ids(2, 9), getattr(kind, name)
+    with torch.no_grad():
+        before = None if first else model(ids).logits
+
+    def halved(self, *inputs):
+        found = own(self, *inputs)
+        return (found[0] * 0.5, *found[1:]) if isinstance(found, tuple) else found * 0.5
+
+    monkeypatch.setattr(kind, name, halved)
+    with torch.no_grad():
+        after = model(ids).logits
+    torch.testing.assert_close(after, model(ids).logits.detach(), atol=1e-5, rtol=0)
+    assert before is None or not torch.equal(before, after)

@@ -18,7 +18,15 @@ from .pmnet_config import PMNetConfig
 from .pmnet_memory import Anchors, empty_memory, enter
 from .pmnet_model_block import PMNetBlock
 from .pmnet_model_cache import PMNetCache
-from .pmnet_model_checks import check_cache, check_hidden, check_ids, check_labels, check_packing, check_sizes
+from .pmnet_model_checks import (
+    check_cache,
+    check_hidden,
+    check_ids,
+    check_kept,
+    check_labels,
+    check_packing,
+    check_sizes,
+)
 from .pmnet_model_chunk import read_chunk
 from .pmnet_model_generation import PMNetGenerationMixin
 from .pmnet_model_step import try_step
@@ -239,8 +247,10 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         """
         ignored = kwargs.get("ignore_index", -100)
         given = inputs_embeds if input_ids is None else input_ids
-        if labels is not None and given is not None:
-            check_labels(labels, self.config.vocab_size, ignored, given.shape[1], logits_to_keep)
+        if given is not None:
+            check_kept(logits_to_keep, given.shape[1])
+            if labels is not None:
+                check_labels(labels, self.config.vocab_size, ignored, given.shape[:2], logits_to_keep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -258,8 +268,8 @@ class PMNetForCausalLM(PMNetPreTrainedModel, PMNetGenerationMixin):
         loss = None
         if labels is not None:
             if attention_mask is not None:
-                padding = attention_mask[:, -labels.shape[1] : -1] == 0
-                labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(padding, ignored)], dim=1)
+                real = attention_mask[:, -outputs.last_hidden_state.shape[1] :][:, keep]
+                labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(real[:, :-1] == 0, ignored)], dim=1)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

@@ -21,7 +21,7 @@ from .pmnet_memory import Anchors, MemoryRead, MemoryWrite
 from .pmnet_model_attention import SlidingWindowAttention
 from .pmnet_model_block import PMNetBlock, SwiGLU
 from .pmnet_ops import Int8Linear, Linear, RMSNorm
-from .pmnet_ops_backend import plain
+from .pmnet_ops_backend import METHODS, plain, untouched
 
 CONFIGURED = (
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
@@ -46,6 +46,8 @@ class _Watch:
         # a table that was empty has nothing that a forward of the library's own uses
         self.tables: list[dict[str, Any]] = [layers._modules, anchors._parameters, *(part for part in own if part)]
         self.memory = [vars(part) for part in self.modules if isinstance(part, MemoryRead | MemoryWrite)]
+        kinds = map(vars, set(map(type, self.modules)))
+        self.methods = [(own, name, own[name]) for own in kinds for name in METHODS if name in own]
         self.configured = [vars(part) for part in self.modules if "config" in vars(part)]
         self.numbers = [(vars(part), name) for part in self.modules for name in _NUMBERS if name in vars(part)]
         self.objects = self._objects()
@@ -65,7 +67,10 @@ class _Watch:
         for own in self.memory:
             if "propose" in own or "features" in own or "seen" in own:  # methods that were replaced
                 return False
-        return all(own["config"] is config for own in self.configured) and all(map(plain, self.modules))
+        for of_class, name, method in self.methods:
+            if of_class.get(name) is not method:
+                return False
+        return all(own["config"] is config for own in self.configured) and all(map(untouched, self.modules))
 
     def _objects(self) -> list[Any]:
         return [*chain.from_iterable(map(dict.values, self.tables))]

@@ -32,17 +32,29 @@ def check_hidden(hidden: Tensor, config: PMNetConfig) -> None:
         raise ValueError(f"inputs_embeds must be floating, got {hidden.dtype}")
 
 
-def check_labels(labels: Tensor, vocab_size: int, ignored: int, length: int, keep: int | Tensor) -> None:
-    """ValueError unless labels are int64, one for each logit that is kept of `length`, and each an id or ignored.
+def check_kept(keep: int | Tensor, length: int) -> None:
+    """ValueError for an index of logits beyond the `length` of them: found later, the state would have moved."""
+    if not isinstance(keep, Tensor) or keep.dtype not in _INTEGERS or not keep.numel():
+        return
+    if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in torch.aminmax(keep))
+        if low < -length or high >= length:
+            wrong = low if low < -length else high
+            raise ValueError(f"logits_to_keep must lie in [{-length}, {length}), got {wrong}")
+
+
+def check_labels(labels: Tensor, vocab_size: int, ignored: int, given: torch.Size, keep: int | Tensor) -> None:
+    """ValueError unless labels are int64, one for each logit that is kept of those given, and each an id or ignored.
 
     Found later, the state would have moved already.
     """
+    batch, length = given
     if isinstance(keep, Tensor):
         length = keep.shape[0]
     elif keep:
         length = min(keep, length)
-    if labels.dtype != torch.int64 or labels.dim() != 2 or labels.shape[1] != length:
-        wanted = f"int64 [batch, {length}], one for each logit"
+    if labels.dtype != torch.int64 or labels.shape != (batch, length):
+        wanted = f"int64 [{batch}, {length}], one for each logit"
         raise ValueError(f"labels must be {wanted}, got {labels.dtype} {tuple(labels.shape)}")
     if labels.device.type == "cpu" and not torch.compiler.is_compiling():
         wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]

@@ -3,12 +3,30 @@
 from typing import Any
 
 import torch
-from transformers import GenerationMixin
-from transformers.generation import GenerationConfig
+from transformers import GenerationMixin, StoppingCriteriaList
+from transformers.generation import GenerationConfig, GenerationMode
 
 from .pmnet_model_cache import PMNetCache
 from .pmnet_model_chunk import changes
 from .pmnet_model_window import positions_within
+
+
+class _Ends(StoppingCriteriaList):
+    """Criteria that remember which rows had ended before the last ids were chosen: theirs are pads.
+
+    Attributes:
+        padded: bool `[B]`; None before the second id.
+    """
+
+    padded: torch.Tensor | None = None
+    _ended: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        """Which rows end, bool `[B]`."""
+        found: torch.Tensor = super().__call__(input_ids, scores, **kwargs)
+        if any(hasattr(criterion, "eos_token_id") for criterion in self):  # else `generate` pads nothing
+            self.padded, self._ended = self._ended, found if self._ended is None else found | self._ended
+        return found
 
 
 class PMNetGenerationMixin(GenerationMixin):
@@ -31,15 +49,23 @@ class PMNetGenerationMixin(GenerationMixin):
 
         Documents become positions that begin again: those have a place for what is generated, and can be cut anywhere.
 
+        Rows that end before others are padded then; these pads are masked where the state is for the caller.
+
         Raises:
-            ValueError: if both are given; if a state that has read something would be given all of it again.
+            ValueError: if documents and positions are given; if a state would be given again what it has read.
         """
         brought = model_kwargs.get("past_key_values")
-        if brought is not None and brought.get_seq_length():
-            # what `generate` does then starts at the first id, every time
-            again = "use_cache=False" if generation_config.use_cache is False else "prefill_chunk_size"
-            if generation_config.use_cache is False or generation_config.prefill_chunk_size is not None:
-                raise ValueError(f"generate with {again} reads everything again: a state that has read cannot be given")
+        if brought is not None:
+            if generation_config.use_cache is False:
+                raise ValueError("generate with use_cache=False reads everything again at every step, into no state")
+            if generation_config.prefill_chunk_size is not None and brought.get_seq_length():
+                raise ValueError(
+                    "generate with prefill_chunk_size reads everything again: a state that has read cannot be given"
+                )
+            brought._is_user_defined = True  # `generate` undoes no step behind it
+        in_turns = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if in_turns and (brought is not None or generation_config.return_dict_in_generate):
+            model_kwargs["ends"] = generation_config._ends = _Ends()
         documents = model_kwargs.pop("document_ids", None)
         if documents is not None:
             if model_kwargs.get("position_ids") is not None:
@@ -51,6 +77,17 @@ class PMNetGenerationMixin(GenerationMixin):
             device = next(given, self.device)  # the model's own says nothing where its weights are offloaded
             model_kwargs["past_key_values"] = PMNetCache(self.config, rows, device, self.dtype)
 
+    def _get_stopping_criteria(
+        self, generation_config: GenerationConfig, *arguments: Any, **kwargs: Any
+    ) -> StoppingCriteriaList:
+        """Those that remember, where they are needed."""
+        criteria: StoppingCriteriaList = super()._get_stopping_criteria(generation_config, *arguments, **kwargs)
+        ends: _Ends | None = getattr(generation_config, "_ends", None)
+        if ends is None:
+            return criteria
+        ends.extend(criteria)
+        return ends
+
     def _prepare_position_ids_for_generation(self, *_: Any) -> None:
         """None: a state knows its own positions, which begin again with every document."""
 
@@ -59,6 +96,7 @@ class PMNetGenerationMixin(GenerationMixin):
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        ends: _Ends | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As every cache: `generate` takes all ids from the first one on and skips what the state has read.
@@ -76,4 +114,8 @@ class PMNetGenerationMixin(GenerationMixin):
         found: dict[str, Any] = super().prepare_inputs_for_generation(
             input_ids, next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
+        if ends is not None and ends.padded is not None and ends.padded.any():
+            mask = found["attention_mask"].clone()
+            mask[ends.padded.to(mask.device), -1] = 0
+            found["attention_mask"] = mask
         return found

@@ -142,7 +142,7 @@ def _continues(hidden: Tensor, attention_mask: Tensor | None, position_ids: Tens
         return False
     if position_ids is None:
         return True
-    if tuple(position_ids.shape) not in ((rows, length), (1, length)):
+    if tuple(position_ids.shape) not in ((rows, length), (1, length)) or position_ids.is_floating_point():
         return False
     first = position_ids[:, :1]
     if length > 1 and not torch.equal(position_ids, first + torch.arange(length, device=first.device)):

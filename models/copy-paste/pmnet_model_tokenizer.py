@@ -10,6 +10,7 @@ VOCAB_SIZE = 384
 PAD, BOS, EOS, PASTE, COPY = 256, 257, 258, 259, 260
 MARKERS = {"<paste>": PASTE, "<copy>": COPY}  # of the tasks in `pmnet.data.tasks`
 PUBLISHED_IDS = {"pad_token": 0, "bos_token": 254, "eos_token": 255}
+_BYTES = {f"<0x{i:02X}>": i for i in range(256)}  # tokens of bytes
 _OWN_IDS = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
 
 
@@ -22,8 +23,8 @@ def first_id(config: PreTrainedConfig) -> int:
 class ByteTokenizer(PreTrainedTokenizer):
     """Byte-level tokenizer; every byte string, valid UTF-8 or not, round-trips exactly.
 
-    Text is encoded as UTF-8 and never searched for special tokens: the six characters `<bos>` are five bytes.
-    No special token is added around a text.
+    Text is encoded as UTF-8 and not searched for special tokens: the characters `<bos>` are five bytes, in a chat
+    template as well, unless a call says `split_special_tokens=False`. No special token is added around a text.
 
     Args:
         errors: what `decode` does with invalid UTF-8 (`"replace"`, `"surrogateescape"`, ...); `decode_bytes` is
@@ -52,7 +53,7 @@ class ByteTokenizer(PreTrainedTokenizer):
             "added_tokens_decoder", {}
         )  # of a tokenizer that was saved: its ids stay what they were
         kept = {token.content: i for i, token in saved.items()}
-        known = {f"<0x{i:02X}>": i for i in range(256)} | MARKERS | kept
+        known = _BYTES | MARKERS | kept
         usual = PUBLISHED_IDS if published_ids else _OWN_IDS
         roles = {str(names[role]): known.get(str(names[role]), i) for role, i in usual.items()}
         self._special_ids = {token: i for token, i in (kept | roles).items() if i < VOCAB_SIZE}
@@ -101,8 +102,12 @@ class ByteTokenizer(PreTrainedTokenizer):
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Join tokens: bytes are decoded together as UTF-8, other tokens keep their names."""
-        parts = [bytes([int(t[3:5], 16)]) if t.startswith("<0x") else t.encode() for t in tokens]
+        parts = [bytes([_BYTES[token]]) if token in _BYTES else token.encode() for token in tokens]
         return b"".join(parts).decode("utf-8", self.errors)
+
+    def clean_up_tokenization(self, text: str) -> str:
+        """The text itself: pipelines ask for this, and what it would usually take away are bytes of the text."""
+        return text
 
     def save_vocabulary(self, save_directory: str | os.PathLike[str], filename_prefix: str | None = None) -> tuple[()]:
         """Nothing to save: the vocabulary is the bytes."""

@@ -73,13 +73,16 @@ class PMNetConfig(PreTrainedConfig):
     use_cache: bool = True
     pad_token_id: int | None = 256
     bos_token_id: int | None = 257
-    eos_token_id: int | None = 258
+    eos_token_id: int | list[int] | None = 258
 
     def __post_init__(self, **kwargs: Any) -> None:
         if type(self).__module__.startswith("pmnet."):  # its code is this package, wherever the weights came from
             kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
-        self.rope_theta = (getattr(self, "rope_parameters", None) or {}).get("rope_theta", self.rope_theta)
+        rotary = getattr(self, "rope_parameters", None)
+        if rotary:  # one place for it, whatever is set later
+            self.rope_theta = rotary.get("rope_theta", self.rope_theta)
+            self.rope_parameters = {name: value for name, value in rotary.items() if name != "rope_theta"}
         self.validate_architecture()
 
     def validate_architecture(self) -> None:

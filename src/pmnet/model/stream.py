@@ -36,7 +36,8 @@ def stream_bytes(
         ValueError: if there is no prompt to continue a state with, or the scores of the model are not finite.
     """
     config = model.config
-    special = [i for i in (config.pad_token_id, config.bos_token_id, config.eos_token_id) if i is not None and i < 256]
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    special = [i for i in (config.pad_token_id, config.bos_token_id, *ends) if i is not None and i < 256]
     ids = ([first_id(config)] if cache.columns == 0 else []) + list(prompt)
     if not ids:
         raise ValueError("continuing a saved state needs a prompt of at least one byte")

@@ -14,6 +14,7 @@ from pmnet.ops.native import library
 
 _TRACERS = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 BACKENDS = ("auto", "torch", "native", "triton")
+METHODS = ("forward", "propose", "features", "seen")  # of modules, that kernels stand for
 _forced = "auto"
 _installed: bool | None = None  # whether there is Triton, once somebody asked
 
@@ -73,10 +74,21 @@ def direct(*tensors: Tensor | None) -> bool:
 
 
 def plain(module: torch.nn.Module) -> bool:
-    """Whether calling a module is nothing but the `forward` of its class: no hook of its own, nothing in its place.
+    """Whether calling a module is what its class was written for: no hook of its own, nothing in its place.
 
     Hooks of all modules do not count: those who count products listen so, and would change what they count.
     """
+    return whole(type(module)) and untouched(module)
+
+
+def whole(kind: type[torch.nn.Module]) -> bool:
+    """Whether a class of this library still has the methods it was written with: classes are patched, too."""
+    methods = (vars(kind)[name] for name in METHODS if name in vars(kind))
+    return all(getattr(method, "__module__", None) == kind.__module__ for method in methods)
+
+
+def untouched(module: torch.nn.Module) -> bool:
+    """Whether a module itself has no hook, and no `forward` but that of its class."""
     own = module.__dict__  # attributes of a module are slow, and every step asks
     return not (
         own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
