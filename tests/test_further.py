@@ -1,5 +1,6 @@
 """Training a model further: it begins with the weights of a folder, and with nothing else of it."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -70,6 +71,41 @@ def test_a_second_half_widens_the_window_unless_told(tmp_path, had, options, exp
     facts = json.loads((run / "config.json").read_text())
     assert facts["model"]["sliding_window"] == expected
     assert facts["recipe"]["gap"] == small_config("deep", sliding_window=expected).receptive_field
+
+
+@pytest.mark.parametrize(("had", "options", "expected"), [(3, (), 32), (3, ("--slots", 3), 3), (3, ("--slots", 4), 4)])
+def test_a_second_half_has_more_slots_unless_told(tmp_path, had, options, expected):
+    start, run = folder(tmp_path / "start", num_memory=had, num_hidden_layers=4), tmp_path / "run"
+    code, printed = further(start, run, "--preset", "box-finish", "--steps", 1, "--size", 2, *options)
+    assert code == 0, printed
+    assert json.loads((run / "config.json").read_text())["model"]["num_memory"] == expected
+
+
+def test_a_model_with_more_slots_keeps_every_branch_of_its_tree(tmp_path):
+    start, run = folder(tmp_path / "start", num_memory=2, num_hidden_layers=8, memory_write_period=2), tmp_path / "run"
+    code, printed = further(start, run, "--steps", 1, "--slots", 3)
+    assert code == 0, printed
+    before, after = (load_file(path / "model.safetensors") for path in (start, run / "model"))
+    fresh = []
+    for key, weight in before.items():
+        if "memory_embeddings" not in key:
+            torch.testing.assert_close(after[key], weight, rtol=0, atol=1e-7)
+            continue
+        level = int(key[-1])
+        for path in itertools.product(range(3), repeat=level + 1):
+            new = after[key].flatten(0, 1)[sum(slot * 3 ** (level - i) for i, slot in enumerate(path))]
+            if max(path) < 2:
+                old = weight.flatten(0, 1)[sum(slot * 2 ** (level - i) for i, slot in enumerate(path))]
+                torch.testing.assert_close(new, old, rtol=0, atol=1e-7)
+            else:
+                fresh.append(new.abs().mean())
+    assert len(fresh) == 3 + 9 + 27 + 81 - 2 - 4 - 8 - 16
+    assert min(fresh) > 0
+
+
+def test_slots_are_not_taken_away(tmp_path):
+    start = folder(tmp_path / "start", num_memory=3)
+    fails(["train", "copy-paste", "--from", start, "--out", tmp_path / "run", "--slots", 2], "3 slots", "not 2")
 
 
 def test_a_run_resumes_from_its_checkpoint_and_not_from_the_start(tmp_path):

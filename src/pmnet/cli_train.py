@@ -47,6 +47,7 @@ def train_command(
     piece: Annotated[int | None, typer.Option(min=2, help="Pieces that documents are cut into, in bytes (lm).")] = None,
     practice: Annotated[int | None, typer.Option(min=2, help="Every N-th batch is copy-paste (lm).")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Window of attention, in keys.")] = None,
+    slots: Annotated[int | None, typer.Option(min=2, help="Slots to a group; a model can get more of them.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Final size of the task: letters, pairs (not lm).")] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Most strings one after another (box-finish).")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Rotations are rounded to 2**-b turn.")] = None,
@@ -80,11 +81,11 @@ def train_command(
     if recipe.finish and start is None:
         raise ValueError(f"preset {name} is the second half of a training: give the model of the first with --from")
     if start is None:
-        recipe = _fresh(recipe, task, architecture, window, phase_bits)
+        recipe = _fresh(recipe, task, architecture, window, slots, phase_bits)
     elif architecture != "pmnet":
         raise ValueError("--model cannot be combined with --from: the folder fixes the architecture")
     else:
-        recipe = _further(recipe, start, window, phase_bits)
+        recipe = _further(recipe, start, window, slots, phase_bits)
         architecture = recipe.model.model_type.lower()
     if task == "lm" and size is not None and practice is None:
         raise ValueError("--size is for tasks, not for lm")
@@ -134,9 +135,11 @@ def _record(path: Path, facts: dict[str, Any], resume: bool) -> None:
     write_json(path, facts)
 
 
-def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, phase_bits: int | None) -> Recipe:
+def _fresh(
+    recipe: Recipe, task: str, architecture: str, window: int | None, slots: int | None, phase_bits: int | None
+) -> Recipe:
     """The recipe with its PMNet changed, or with a control of the changed one in its place."""
-    recipe = _changed(recipe, window, phase_bits)
+    recipe = _changed(recipe, window, slots, phase_bits)
     if architecture != "pmnet":
         recipe = replace(recipe, model=control(architecture, recipe.model))
         if phase_bits is not None and not isinstance(recipe.model, PMNetConfig):
@@ -146,10 +149,10 @@ def _fresh(recipe: Recipe, task: str, architecture: str, window: int | None, pha
     return recipe
 
 
-def _further(recipe: Recipe, start: Path, window: int | None, phase_bits: int | None) -> Recipe:
+def _further(recipe: Recipe, start: Path, window: int | None, slots: int | None, phase_bits: int | None) -> Recipe:
     """The recipe with the model of a folder, in float32, and its reach; no weight depends on window or phase bits.
 
-    Where the recipe is a second half, the window becomes as wide as the recipe has it, if it was narrower.
+    Where the recipe is a second half, window and slots become as many as the recipe has, if they were fewer.
     """
     model = load_any(start).config
     if model.vocab_size <= COPY:
@@ -157,17 +160,22 @@ def _further(recipe: Recipe, start: Path, window: int | None, phase_bits: int | 
     model.dtype = "float32"
     if recipe.finish and isinstance(model, PMNetConfig):
         window = window or max(model.sliding_window, recipe.model.sliding_window)
-    recipe = _changed(replace(recipe, model=model, start=str(start), silent_reads=False), window, phase_bits)
+        slots = slots or max(model.num_memory, recipe.model.num_memory)
+    if slots is not None and isinstance(model, PMNetConfig) and slots < model.num_memory:
+        raise ValueError(f"the groups of {start} have {model.num_memory} slots: they can be more, not {slots}")
+    recipe = _changed(replace(recipe, model=model, start=str(start), silent_reads=False), window, slots, phase_bits)
     return replace(recipe, gap=model.receptive_field) if isinstance(model, PMNetConfig) else recipe
 
 
-def _changed(recipe: Recipe, window: int | None, phase_bits: int | None) -> Recipe:
-    """The recipe with another grid, or another window and gaps beyond its reach."""
+def _changed(recipe: Recipe, window: int | None, slots: int | None, phase_bits: int | None) -> Recipe:
+    """The recipe with another grid, with more slots, or with another window and gaps beyond its reach."""
     model = recipe.model
-    if (window, phase_bits) == (None, None):
+    if (window, slots, phase_bits) == (None, None, None):
         return recipe
     if not isinstance(model, PMNetConfig):
-        raise ValueError(f"--window and --phase-bits apply to a PMNet only, not to a {model.model_type}")
+        raise ValueError(f"--window, --slots and --phase-bits apply to a PMNet only, not to a {model.model_type}")
+    if slots is not None:
+        model.num_memory = slots
     if phase_bits is not None:
         model.phase_bits = phase_bits
     if window is not None:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pmnet.baselines import Carry, carries, load_any, matrix_scan
 from pmnet.memory import MemoryRead
+from pmnet.model import PMNetForCausalLM
 from pmnet.train.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -135,10 +136,14 @@ def train(
 
 
 def _initial_model(recipe: Recipe) -> PreTrainedModel:
-    """Fresh weights in float32, or those of the folder that the recipe starts from."""
+    """Fresh weights in float32, or those of the folder that the recipe starts from, and fresh slots if it has fewer."""
     model = AutoModelForCausalLM.from_config(recipe.model, dtype=torch.float32).train()
     if recipe.start is not None:
-        model.load_state_dict(load_any(Path(recipe.start)).state_dict())
+        known = load_any(Path(recipe.start))
+        if isinstance(known, PMNetForCausalLM):
+            model.model.memory_embeddings.graft(known.model.memory_embeddings)
+            known.model.memory_embeddings = model.model.memory_embeddings
+        model.load_state_dict(known.state_dict())
     elif recipe.silent_reads:
         silence_reads(model)
     return model

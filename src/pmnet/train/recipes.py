@@ -18,7 +18,8 @@ class Recipe:
 
     Attributes:
         model: configuration of the model.
-        start: folder of a model of this configuration to train further; None: fresh weights.
+        start: folder of a model of this configuration, or of one with fewer slots, to train further; None: fresh
+            weights.
         finish: practise the task as a whole from the first step on, for a `start` that knows it (copy-paste).
         steps: optimizer steps.
         batch_size: B.
@@ -135,7 +136,7 @@ def demo(size: int) -> Recipe:
 
 
 def box() -> Recipe:
-    """The first half of a model of long strings: up to 12 bytes.
+    """The first half of a model of long strings: up to 15 bytes, whose marker attention sees from every letter.
 
     It has sixteen slots to a group: with the eight of the demo, strings end before 20 letters. And eight heads, twice
     those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise.
@@ -143,17 +144,21 @@ def box() -> Recipe:
     model = demo_model()
     model.sliding_window, model.num_memory = 16, 16
     model.num_attention_heads = model.num_key_value_heads = 8
-    return replace(demo(12), model=model, gap=model.receptive_field, hold=0.5)
+    return replace(demo(15), model=model, gap=model.receptive_field, hold=0.5)
 
 
 def box_finish() -> Recipe:
     """The second half of `box`: strings of up to 32 bytes, all gaps alike, filler that turns only the root.
 
-    Attention widens to 34 keys, which see the marker from every letter; trained so from scratch, strings do not grow.
+    Attention widens to 34 keys, which see the marker from every letter, and groups to 32 slots, so that letters have
+    room; trained so from scratch, strings do not grow.
     """
     recipe = box()
-    recipe.model.sliding_window = 34
-    return replace(recipe, size=32, gap=recipe.model.receptive_field, steps=10_000, hold=0.0, finish=True, quiet=1.0)
+    recipe.model.sliding_window, recipe.model.num_memory = 34, 32
+    return replace(
+        recipe, size=32, gap=recipe.model.receptive_field, batch_size=16, steps=5000, learning_rate=1.5e-3, hold=0.0,
+        finish=True, quiet=1.0,
+    )  # fmt: skip
 
 
 def paper() -> Recipe:
