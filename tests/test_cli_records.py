@@ -4,12 +4,14 @@ import json
 import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
 from pmnet.report import provenance
 from tests.conftest import run_cli, small_model
 
+ROOT = Path(__file__).parent.parent
 ROW = {"size": 8, "variant": "random", "distance": 8, "exact": 1.0, "low": 0.9, "high": 1.0, "letters": 1.0}
 
 
@@ -102,3 +104,56 @@ def test_what_is_named_twice_is_measured_once(model, tmp_path):
     options = ["--sizes", "2,2", "--distances", "1,1", "--variants", "random,random", "--strings", "4"]
     assert run_cli(["eval", "retrieval", model, *options, "--save", str(tmp_path)])[0] == 0
     assert len(json.loads((tmp_path / "copy-paste.json").read_text())["cells"]) == 1
+
+
+def test_what_is_printed_has_no_pictures(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "models" / "copy-paste", "model")
+    code, printed = run_cli(["demo", "model", "--string", "a:fire:b", "--seconds", "0", "--least", "500"])
+    assert code == 0, printed
+    assert printed.count("'a:fire:b'") >= 2
+    code, printed = run_cli(["train", "copy-paste", "--steps", "1", "--batch-size", "2", "--out", ":fire:"])
+    assert code == 0, printed
+    assert "model saved to :fire:/model" in printed
+
+
+def test_a_run_that_goes_on_costs_what_is_left(tmp_path):
+    (tmp_path / "text").write_bytes(b"Once upon a time. " * 90)
+    run = tmp_path / "run"
+    options = [
+        "train",
+        "lm",
+        "--data",
+        str(tmp_path / "text"),
+        "--preset",
+        "demo",
+        "--batch-size",
+        "2",
+        "--length",
+        "16",
+    ]
+    options += ["--out", str(run), "--steps", "8", "--checkpoint-seconds", "0"]
+    code, printed = run_cli(options)
+    assert code == 0, printed
+    assert "256 bytes to read" in printed  # 2 rows of 16, eight times
+    shutil.rmtree(run / "checkpoints" / "step-8")
+    code, printed = run_cli([*options, "--resume"])
+    assert code == 0, printed
+    assert "32 bytes to read" in printed
+
+
+def test_a_model_that_practised_can_be_watched(tmp_path):
+    (tmp_path / "text").write_bytes(b"Once upon a time. " * 90)
+    run = tmp_path / "run"
+    code, printed = run_cli([
+        "train", "lm", "--data", str(tmp_path / "text"), "--preset", "demo", "--batch-size", "2", "--length", "16",
+        "--steps", "2", "--practice", "2", "--size", "1", "--out", str(run),
+    ])  # fmt: skip
+    assert code == 0, printed
+    code, printed = run_cli(["demo", str(run / "model"), "--string", "a", "--seconds", "0", "--least", "100"])
+    assert code == 0, printed
+
+
+def test_what_is_not_finite_is_stored_as_null(tmp_path):
+    provenance.write_json(tmp_path / "file.json", {"losses": [(1.5, float("nan"))], "most": float("inf")})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"losses": [[1.5, None]], "most": None}

@@ -132,6 +132,9 @@ def test_a_file_that_cannot_be_made_is_refused_before_the_work(folder):
     (f"lm --data text --batch-size 1 --practice 2 --size {LARGEST + 1}", ["size", "at most 65,536", "got 65,537"]),
     ("copy-paste --rounds 2", ["2 rounds", "box-finish"]),
     ("lm --data text --piece 600 --no-carry", ["piece (600)"]),
+    ("copy-paste --model real-memory --phase-bits 5", ["--phase-bits", "real-memory", "nothing is rounded"]),
+    ("copy-paste --model lstm --compile", ["--compile cannot trace lstm"]),
+    ("copy-paste --model ntm --compile", ["--compile cannot trace ntm"]),
 ])  # fmt: skip
 def test_a_training_beyond_what_can_be_drawn_is_refused(folder, options, words):
     fails(["train", *options.split(), "--steps", "1", "--out", "run"], *words)

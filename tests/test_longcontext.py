@@ -172,7 +172,9 @@ def test_the_command_stores_rows_and_a_picture(books, tmp_path):
     ByteTokenizer().save_pretrained(tmp_path / "model")
     folder = str(books.paths[0].parent)
     arguments = ["eval", "longcontext", str(tmp_path / "model"), "--data", folder]
-    code, printed = run_cli([*arguments, "--length", "2KiB", "--reset", "512", "--save", str(tmp_path / "out")])
+    code, printed = run_cli(
+        [*arguments, "--length", "2KiB", "--reset", "512", "--reset", "512", "--save", str(tmp_path / "out")]
+    )
     assert code == 0, printed
     stored = json.loads((tmp_path / "out" / "longcontext.json").read_text())
     assert [row["mode"] for row in stored["rows"]] == ["carried", "reset every 512", "recurrence off"]

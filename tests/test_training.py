@@ -269,3 +269,22 @@ def test_two_processes_train_one_model(text, tmp_path):
     alone = weights(tmp_path / "one")
     for name, tensor in alone.items():
         assert torch.allclose(together[name], tensor, atol=1e-4), name
+
+
+def test_two_processes_train_a_traced_step(tmp_path):
+    """What averages their gradients breaks the graph; with the compiler that only traces, which is quick."""
+    script, run = tmp_path / "traced.py", tmp_path / "run"
+    script.write_text(
+        "import torch\ncompiled = torch.compile\n"
+        "torch.compile = lambda *a, **k: compiled(*a, backend='eager', **k)\n"
+        "import runpy\nrunpy.run_module('pmnet', run_name='__main__')\n"
+    )
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), "train",
+        "copy-paste", "--compile", "--steps", "2", "--batch-size", "2", "--out", str(run),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2

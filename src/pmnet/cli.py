@@ -58,7 +58,7 @@ gradients = typer.Typer(
     no_args_is_help=True, help="Why it trains: gradients through time, norms, precision, saturation."
 )
 evaluate.add_typer(gradients, name="gradients")
-out = Console(markup=False)
+out = Console(markup=False, emoji=False)
 
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]

@@ -52,7 +52,7 @@ def bench_command(
 ) -> None:
     """Measure speed and memory against the published formulation, a Llama and a Mamba of equal size."""
     bench = checkout_module("benchmarks.cases")
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     if show:
         for case in bench.CASES.values():
             console.print(f"{case.name:14} {case.description}", soft_wrap=True)

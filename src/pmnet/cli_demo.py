@@ -20,7 +20,7 @@ from pmnet.model.load import load_model
 from pmnet.model.tokenizer import PASTE
 
 DEFAULT = "Hello, memory!"
-out = Console(markup=False)
+out = Console(markup=False, emoji=False)
 
 
 def demo_command(

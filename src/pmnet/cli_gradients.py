@@ -25,7 +25,7 @@ from pmnet.report.plots_gradients import plot_jacobian, plot_precision, plot_sat
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.recipes import demo, demo_model
 
-out = Console(markup=False)
+out = Console(markup=False, emoji=False)
 NORMS = (("median", "median"), ("99 %", "p99"), ("max", "max"))
 
 Save = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON file and the PNG.")]

@@ -17,7 +17,7 @@ from pmnet.eval.longcontext import POINTS, beyond, bits_by_position, modes_of, w
 from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 
-out = Console(markup=False)
+out = Console(markup=False, emoji=False)
 
 
 def longcontext_command(
@@ -33,7 +33,7 @@ def longcontext_command(
 ) -> None:
     """Bits per byte by position in whole books: state carried, reset, and with the recurrence off."""
     network, files, size = load_any(model), open_files(data), bytes_of("--length", length)
-    resets = [bytes_of("--reset", part) for part in reset or []]
+    resets = [*dict.fromkeys(bytes_of("--reset", part) for part in reset or [])]
     modes, books = modes_of(network, resets, ablations), whole_books(files, size)
     if save is not None:
         prepare_folder(save, "longcontext.json", "longcontext.png")

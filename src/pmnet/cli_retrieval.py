@@ -17,7 +17,7 @@ from pmnet.model.load import load_model
 from pmnet.report.plots import plot_memory, plot_retrieval
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 
-out = Console(markup=False)
+out = Console(markup=False, emoji=False)
 
 
 def retrieval_command(

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from pmnet.baselines import CONTROLS, control, load_any
+from pmnet.baselines import CONTROLS, UNTRACED, VariantConfig, control, load_any
 from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.model.tokenizer import COPY, first_id
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
-from pmnet.train.checkpoint import exclusive, is_record, starting_point
+from pmnet.train.checkpoint import exclusive, is_record, starting_point, step_of
 from pmnet.train.ladder import Ladder
 from pmnet.train.ladders import build_ladder
 from pmnet.train.loop import train
@@ -25,7 +25,7 @@ from pmnet.train.practice import Practice
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask, Task
 
-out = Console(markup=False)
+out = Console(markup=False, emoji=False)
 _PRESETS = "; ".join(f"{task}: {', '.join(recipes)}" for task, recipes in RECIPES.items())
 
 
@@ -48,7 +48,9 @@ def train_command(
     practice: Annotated[int | None, typer.Option(min=2, help="Every N-th batch is copy-paste (lm).")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Window of attention, in keys.")] = None,
     slots: Annotated[int | None, typer.Option(min=2, help="Slots to a group; a model can get more of them.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Final size of the task: letters, pairs (not lm).")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Final size of the task (or practice): letters, pairs.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Most strings one after another (box-finish).")] = None,
     phase_bits: Annotated[int | None, typer.Option(min=1, max=32, help="Rotations are rounded to 2**-b turn.")] = None,
     quiet: Annotated[
@@ -87,17 +89,24 @@ def train_command(
     else:
         recipe = _further(recipe, start, window, slots, phase_bits)
         architecture = recipe.model.model_type.lower()
+    if phase_bits is not None and isinstance(recipe.model, VariantConfig):
+        raise ValueError(f"--phase-bits has no meaning for {recipe.model.memory_kind}-memory: nothing is rounded")
+    if recipe.compile and recipe.model.model_type in UNTRACED:
+        if compile:
+            raise ValueError(f"--compile cannot trace {architecture}: leave it out")
+        recipe = replace(recipe, compile=False)
     if task == "lm" and size is not None and practice is None:
-        raise ValueError("--size is for tasks, not for lm")
+        raise ValueError("--size is for tasks, and for lm with --practice")
     if recipe.quiet and (task != "copy-paste" or getattr(recipe.model, "num_levels", 1) < 2):
         raise ValueError(f"--quiet is for copy-paste and a PMNet of several levels, not for {architecture} on {task}")
     if task != "lm" and data:
         raise ValueError(f"--data is for lm, {task} makes its own")
     if task != "lm" and (carry, length, piece, practice, workers) != (None, None, None, None, 0):
         raise ValueError(f"--carry, --length, --piece, --practice and --workers are for lm, not for {task}")
-    if task != "lm":
-        recipe.model.task_specific_params = {task: {"size": recipe.size, "gap": recipe.gap}}
-    starting_point(run, resume, recipe.plan())  # before the cost is measured
+    if task != "lm" or recipe.practice is not None:
+        learned = "copy-paste" if task == "lm" else task
+        recipe.model.task_specific_params = {learned: {"size": recipe.size, "gap": recipe.gap}}
+    found = starting_point(run, resume, recipe.plan())  # before the cost is measured
     main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
     source: Task
     if task == "lm":
@@ -109,7 +118,8 @@ def train_command(
         if recipe.practice is not None:
             source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
         if main:
-            out.print(cost_line(recipe, processes), highlight=False)
+            done = 0 if found is None else step_of(found)
+            out.print(cost_line(recipe, processes, done), highlight=False)
     else:
         source = build_ladder(task, recipe, processes)
     if main and recipe.steps <= recipe.warmup:

@@ -1,7 +1,7 @@
 """What a PMNet is compared with: the same parameters, the same bytes, another way to remember, or none."""
 
 from pmnet.baselines.carry import Carry, carries
-from pmnet.baselines.controls import CONTROLS, control
+from pmnet.baselines.controls import CONTROLS, UNTRACED, control
 from pmnet.baselines.load import load_any
 from pmnet.baselines.lstm import LSTMConfig, LSTMForCausalLM
 from pmnet.baselines.mamba2 import matrix_scan
@@ -10,6 +10,7 @@ from pmnet.baselines.ntm import NTMConfig, NTMCore, NTMForCausalLM, NTMState
 
 __all__ = [
     "CONTROLS",
+    "UNTRACED",
     "Carry",
     "LSTMConfig",
     "LSTMForCausalLM",

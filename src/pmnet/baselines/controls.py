@@ -66,6 +66,8 @@ def _transformer(like: PMNetConfig, layers: int, window: int | None) -> PreTrain
             "num_key_value_heads": like.num_key_value_heads, "head_dim": like.head_dim, "tie_word_embeddings": True,
             "initializer_range": 0.45 * like.hidden_size**-0.5, "max_position_embeddings": like.max_position_embeddings,
             "pad_token_id": like.pad_token_id, "bos_token_id": like.bos_token_id, "eos_token_id": like.eos_token_id,
+            "rope_parameters": {"rope_type": "default", "rope_theta": like.rope_theta},
+            "rms_norm_eps": like.rms_norm_eps,
         }  # fmt: skip
         return LlamaConfig(**values) if window is None else MistralConfig(**values, sliding_window=window)
 
@@ -149,3 +151,5 @@ CONTROLS: dict[str, Callable[[PMNetConfig], PreTrainedConfig]] = {
     "lstm": _lstm,
     "ntm": _ntm,
 }
+
+UNTRACED = (LSTMConfig.model_type, NTMConfig.model_type)  # which torch.compile does not take as a whole

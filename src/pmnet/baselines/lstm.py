@@ -3,6 +3,7 @@
 Shapes: B sequences, T positions, D hidden size, V vocabulary.
 """
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
@@ -32,8 +33,9 @@ class LSTMForCausalLM(RecurrentForCausalLM):
         self.post_init()
 
     def run(self, x: Tensor) -> Tensor:
-        """All positions from an empty state, `[B, T, D]` to `[B, T, D]`."""
-        hidden: Tensor = self.lstm(x)[0]
+        """All positions from an empty state, `[B, T, D]` to `[B, T, D]`, without autocast: not every CPU can do it."""
+        with torch.autocast(x.device.type, enabled=False):
+            hidden: Tensor = self.lstm(x.to(self.dtype))[0]
         return hidden
 
 

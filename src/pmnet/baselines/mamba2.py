@@ -50,6 +50,8 @@ def chunk_scan(
         ValueError: if B and C have several groups.
     """
     batch, length, heads, size = hidden_states.shape
+    kind, wide = hidden_states.dtype, torch.promote_types(hidden_states.dtype, torch.float32)
+    hidden_states, dt, A, B, C, D = (x.to(wide) for x in (hidden_states, dt, A, B, C, D))
     if B.shape[2] != 1:
         raise ValueError(f"chunk_scan: one group of B and C is supported, got {B.shape[2]}")
 
@@ -68,14 +70,18 @@ def chunk_scan(
     added = ((x * left).flatten(-2).transpose(-1, -2) @ keys).unflatten(2, (heads, size))  # [B, C, H, P, N]
     whole = decay[:, :, -1].exp()[..., None, None]
     # a copy: the library overwrites its state, which backward still needs
-    state = added.new_zeros(batch, heads, size, B.shape[-1]) if initial_states is None else initial_states.clone()
+    state = (
+        added.new_zeros(batch, heads, size, B.shape[-1])
+        if initial_states is None
+        else initial_states.to(wide, copy=True)
+    )
     before = []
     for index in range(added.shape[1]):
         before.append(state)
         state = whole[:, index] * state + added[:, index]
     carried = (queries @ torch.stack(before, 1).flatten(2, 3).transpose(-1, -2)).unflatten(-1, (heads, size))
     output = inside.transpose(2, 3) + carried * decay.exp().unsqueeze(-1)
-    output = output.flatten(1, 2)[:, :length] + D.unsqueeze(-1) * hidden_states
+    output = (output.flatten(1, 2)[:, :length] + D.unsqueeze(-1) * hidden_states).to(kind)
     return (output, state) if return_final_states else output
 
 

@@ -148,7 +148,8 @@ def _distance(text: str, task: str, reach: int | None) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise ValueError(f"--distances: each is a number, or a multiple of the reach such as 8x, not {text!r}")
-    value = max(1, round(value * (reach or 0))) if text.endswith("x") else value
+    if text.endswith("x") and value:
+        value = max(1, round(value * (reach or 0)))
     if task == "copy-paste" and value != round(value):
         raise ValueError(f"--distances: filler is of whole bytes, not {text!r}")
     if task == "needle" and value > 1:

@@ -14,13 +14,13 @@ from pmnet.train.recipes import Recipe
 _ROWS, _LENGTH = 2, 256  # of the trial on a CPU
 
 
-def cost_line(recipe: Recipe, processes: int = 1) -> str:
+def cost_line(recipe: Recipe, processes: int = 1, done: int = 0) -> str:
     """Bytes, FLOP (of a PMNet) and hours of a run on files, at the rate of a forward and backward pass measured now.
 
-    Practice in between is not counted.
+    Practice in between is not counted, nor are the steps that a resumed run has `done`.
     """
-    practice = 0 if recipe.practice is None else -(-recipe.steps // recipe.practice)
-    total = (recipe.steps - practice) * recipe.batch_size * recipe.length * processes
+    practice = 0 if recipe.practice is None else -(-recipe.steps // recipe.practice) - -(-done // recipe.practice)
+    total = (recipe.steps - done - practice) * recipe.batch_size * recipe.length * processes
     rate = measured_rate(recipe) * processes
     work = ""
     if isinstance(recipe.model, PMNetConfig):

@@ -1,6 +1,7 @@
 """Where a number comes from: every stored result carries the command, configuration, seed, commit and machine."""
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -56,11 +57,19 @@ def prepare_folder(folder: Path, *names: str) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write JSON so that the file appears complete or not at all."""
+    """Write JSON so that the file appears complete or not at all; numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1) + "\n"
+    text = json.dumps(_finite(content), indent=1, allow_nan=False) + "\n"
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _version(name: str) -> str | None:

@@ -151,6 +151,11 @@ def latest_checkpoint(run: Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done in `step-N`."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
 def _facts(checkpoint: Path) -> dict[str, Any]:
     try:
         return _object(checkpoint / "trainer.json")
@@ -240,4 +245,4 @@ def load_state(folder: Path) -> dict[str, Tensor]:
 
 def _complete(run: Path) -> list[tuple[int, Path]]:
     folders = (run / "checkpoints").glob("step-*")
-    return sorted((int(p.name[5:]), p) for p in folders if p.name[5:].isdigit() and (p / "trainer.json").is_file())
+    return sorted((step_of(p), p) for p in folders if p.name[5:].isdigit() and (p / "trainer.json").is_file())

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,6 +70,7 @@ def train(
     plan = recipe.plan() | {"number of processes": int(os.environ.get("WORLD_SIZE", "1")), "set of files": task.source}
     found = starting_point(run, resume, plan)
     set_seed(recipe.seed)
+    AcceleratorState._reset_state()  # a run before, in this process, may have had another precision
     accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
     model = _initial_model(recipe)
     optimizers = build_optimizers(model, recipe)
@@ -77,7 +79,8 @@ def train(
     model.to(accelerator.device)
     carry = _carry(recipe, model, accelerator, found)
     prepared, *prepared_optimizers = accelerator.prepare(model, *optimizers)
-    objective: Objective = torch.compile(loss_of, fullgraph=True) if recipe.compile else loss_of
+    whole = accelerator.num_processes == 1  # what averages gradients between processes cannot be traced
+    objective: Objective = torch.compile(loss_of, fullgraph=whole) if recipe.compile else loss_of
     objective = quieted(objective, recipe.quiet) if recipe.quiet else objective
 
     def checkpoint(step: int) -> None:
@@ -110,7 +113,8 @@ def train(
                     optimizer.zero_grad()
                     schedule.step()
                 task.observe(numbers["correct"])
-                seen += batch["input_ids"].numel() * accelerator.num_processes
+                read = torch.tensor(batch["input_ids"].numel(), device=accelerator.device)  # batches differ
+                seen += int(accelerator.reduce(read, "sum"))
                 row = {"step": step, **numbers, "rate": rate, "bytes": seen}
                 reporter.step(row | task.state())
                 stop = _anywhere(accelerator, bool(received))

@@ -35,11 +35,14 @@ class _Float32(TorchFunctionMode):
 
 
 def build_optimizers(model: PreTrainedModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """AdamW, with weight decay on matrices and anchors only; with `muon`, Muon for the matrices of linear maps."""
+    """AdamW, with weight decay on matrices and anchors only; with `muon`, Muon for the matrices of linear maps.
+
+    The decay rates of a Mamba (`A_log`) are a matrix that is not decayed, as its authors have it.
+    """
     linear = {module.weight for module in model.modules() if isinstance(module, nn.Linear)} if recipe.muon else set()
     linear -= {model.get_output_embeddings().weight}
-    decayed = [p for p in model.parameters() if p.dim() > 1 and p not in linear]
-    plain = [p for p in model.parameters() if p.dim() < 2]
+    named = [(p, p.dim() < 2 or name.endswith("A_log")) for name, p in model.named_parameters() if p not in linear]
+    decayed, plain = ([p for p, is_plain in named if is_plain is wanted] for wanted in (False, True))
     groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
     if not linear:

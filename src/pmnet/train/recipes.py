@@ -80,8 +80,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.precision not in ("no", "bf16"):
             raise ValueError(f"precision is no or bf16, not {self.precision!r}")
-        if not 0 < self.learning_rate <= 1e30:  # an optimizer multiplies it, in float32
-            raise ValueError(f"learning_rate must be positive and at most 1e30, not {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite, not {self.learning_rate}")
+        if self.muon and self.learning_rate > 1e30:  # Muon multiplies it, in float32
+            raise ValueError(f"learning_rate is at most 1e30 with Muon, not {self.learning_rate}")
         if not 0 <= self.quiet < math.inf:
             raise ValueError(f"quiet must be finite and not negative, not {self.quiet}")
         if self.piece is not None and not self.carry:

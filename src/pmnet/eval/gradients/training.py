@@ -87,7 +87,7 @@ def summary(runs: list[tuple[list[float], list[float]]]) -> dict[str, Any]:
     finite = [end for end in ends if math.isfinite(end)]
     return {
         "runs": len(runs),
-        "median": norms[len(norms) // 2] if norms else None,
+        "median": median(norms) if norms else None,
         "p99": norms[min(len(norms) - 1, int(0.99 * len(norms)))] if norms else None,
         "max": norms[-1] if norms else None,
         "diverged": sum(diverged),
