@@ -14,6 +14,7 @@ OUTSIDE = (  # models that are not in the box
     "Twelve letters",
     "Wide window",
     "Eight heads",
+    "More slots",
 )
 ROOT = Path(__file__).parent.parent / "results" / "retrieval"
 

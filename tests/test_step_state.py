@@ -1,5 +1,8 @@
 """The streaming state between native decode steps: every operation, forks, views, gradients that wait."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -105,3 +108,15 @@ def test_a_step_between_forward_and_backward(steps):
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert steps.count == 3
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_between_steps_are_whole_and_hold_no_free_places(copied, steps):
+    cache = prefilled(MODELS["deep"], 2)
+    both(MODELS["deep"], random_ids(2, 1), cache, cache.clone())
+    assert steps.count
+    assert len(pickle.dumps(cache)) < cache.nbytes + 10_000
+    twin = copied(cache)
+    assert_same_state(cache, twin)
+    both(MODELS["deep"], random_ids(2, 1, seed=1), cache, twin)
+    assert_same_state(cache, twin)

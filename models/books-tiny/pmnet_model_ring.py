@@ -22,6 +22,10 @@ class Ring:
         self.offset, self.width, self.room = 0, window[0].keys.shape[1], max(self.ROOM, length)
         self.buffers = [PastKeys(*(_with_room(part, self.room) for part in past)) for past in window]
 
+    def __reduce__(self) -> tuple[type["Ring"], tuple[list[PastKeys]]]:
+        """Pickles hold the window: places that were never written are somebody's old memory."""
+        return Ring, ([PastKeys(past.keys.clone(), past.values.clone()) for past in self.window()],)
+
     @property
     def free(self) -> int:
         """Places for the keys of positions to come."""
