@@ -222,15 +222,15 @@ def test_labels_of_another_kind_or_length_are_refused_before_the_state_moves():
     model, ids = small_model("period"), random_ids(1, 7)
     cache = pmnet.PMNetCache(model.config)
     model(ids, past_key_values=cache)
-    for labels, keep in (
-        (ids.int(), 0),
-        (ids.float(), 0),
-        (ids[:, :5], 0),
-        (ids, 2),
-        (ids, torch.tensor([3])),
-        (ids[0], 0),
+    for labels, keep, wanted in (
+        (ids.int(), 0, 7),
+        (ids.float(), 0, 7),
+        (ids[:, :5], 0, 7),
+        (ids, 2, 2),
+        (ids, torch.tensor([3]), 1),
+        (ids[0], 0, 7),
     ):
-        with pytest.raises(ValueError, match=r"labels must be int64 \[batch, "):
+        with pytest.raises(ValueError, match=rf"labels must be int64 \[1, {wanted}\]"):
             model(ids, past_key_values=cache, labels=labels, logits_to_keep=keep)
     assert cache.columns == 7
     assert torch.isfinite(model(ids, labels=ids[:, -3:], logits_to_keep=3).loss)
