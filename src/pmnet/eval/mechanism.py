@@ -15,7 +15,7 @@ from pmnet.data.tasks.copy_paste import asked
 from pmnet.data.tasks.episodes import check_length
 from pmnet.eval.ablate import anchors_off
 from pmnet.eval.retrieval import CHUNK, columns_at_once
-from pmnet.eval.traces import effective, traced
+from pmnet.eval.traces import Trace, effective, traced
 from pmnet.model import PMNetCache, PMNetForCausalLM
 
 ROWS = 8  # streams of filler
@@ -59,8 +59,7 @@ def mechanism(
         on_bytes(count, total)
 
     ids = episodes.dense()[0]
-    with traced(model) as traces:
-        logits = model(ids[:, :-1], use_cache=False, logits_to_keep=length + 1).logits
+    traces, chosen = _traced(model, ids[:, :-1], length + 1)
     advance(each)
     string = slice(1, length + 1)  # COPY is column 0
     paste = length + 2 + gap
@@ -86,7 +85,7 @@ def mechanism(
     for name in names:
         without[name] = _without(model, episodes, length, name)
         advance(each)
-    right = (logits.argmax(-1) == ids[:, -length - 1 :])[:, :-1].float().mean(0).tolist()
+    right = (chosen == ids[:, -length - 1 :])[:, :-1].float().mean(0).tolist()
     return {"levels": levels, "right": right, "without": without}
 
 
@@ -102,6 +101,23 @@ def problem_of(model: PMNetForCausalLM, length: int, gap: int) -> CopyPaste:
     problem = CopyPaste((length, length), (gap, gap))
     check_length(problem.draw(1, torch.Generator()).length)
     return problem
+
+
+def _traced(model: PMNetForCausalLM, ids: Tensor, keep: int) -> tuple[list[Trace], Tensor]:
+    """What every level does with ids `[B, T]`, and the first choices for the last `keep` columns, some rows at once."""
+    found, chosen = list[list[Trace]](), list[Tensor]()
+    for rows in ids.split(columns_at_once(ids.shape[1])):
+        with traced(model) as traces:
+            chosen.append(model(rows, use_cache=False, logits_to_keep=keep).logits.argmax(-1))
+        found.append(traces)
+    joined = [
+        (
+            {name: torch.cat([write[name] for write, _ in parts]) for name in parts[0][0]},
+            [torch.cat(reads) for reads in zip(*(reads for _, reads in parts), strict=True)],
+        )
+        for parts in zip(*found, strict=True)
+    ]
+    return joined, torch.cat(chosen)
 
 
 def _rotations(write: dict[str, Tensor], columns: slice) -> dict[str, Any]:

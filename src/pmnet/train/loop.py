@@ -98,8 +98,7 @@ def train(
         started()
     reporter, saved = Reporter(run, recipe.steps, done, accelerator.is_main_process), time.monotonic()
     try:
-        torch.use_deterministic_algorithms(accelerator.device.type == "cpu")  # a resumed run then repeats every sum
-        with _signals() as received, matrix_scan(model):
+        with _signals() as received, matrix_scan(model), _repeatable(accelerator.device.type == "cpu"):
             for step in range(done + 1, recipe.steps + 1):
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
                 batch = {name: tensor.to(accelerator.device) for name, tensor in task.batch(index).items()}
@@ -127,7 +126,6 @@ def train(
             checkpoint(recipe.steps)
     finally:
         reporter.close()
-        torch.use_deterministic_algorithms(False)
     if accelerator.is_main_process:
         save_model(model, run / "model")
     accelerator.wait_for_everyone()
@@ -244,6 +242,19 @@ def loss_of(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) ->
     counted = labels != -100
     right = (logits.argmax(-1) == labels) & counted
     return loss, (right.sum() / counted.sum()).detach()
+
+
+@contextmanager
+def _repeatable(on: bool) -> Iterator[None]:
+    """Every sum in one order, so that a resumed run repeats it; fresh memory is not filled: it only shows faults."""
+    settings: Any = torch.utils.deterministic
+    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
+    torch.use_deterministic_algorithms(on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        settings.fill_uninitialized_memory = filled
 
 
 @contextmanager
