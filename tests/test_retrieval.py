@@ -95,7 +95,7 @@ def test_the_control_is_the_same_model_without_recurrence():
     assert measure_cell(model, cell, 5, 0, 5, control=False)["control"] is None
 
 
-def test_the_inspector_measures_what_it_says():
+def test_the_inspector_measures_what_it_says(monkeypatch):
     model = small_model("period")
     found = mechanism(model, length=3, gap=50, strings=4, drift=3000, seed=0)
     assert all(0 <= share <= 1 for share in found["right"])
@@ -109,6 +109,9 @@ def test_the_inspector_measures_what_it_says():
             assert 0 < place["weight"] < 1
     assert found["without"]["nothing"]["letters"] == pytest.approx(sum(found["right"]) / 3)
     json.dumps(found)
+    with monkeypatch.context() as patched:  # some rows at a time
+        patched.setattr("pmnet.eval.mechanism.columns_at_once", lambda rows: 3)
+        assert mechanism(model, length=3, gap=50, strings=4, drift=3000, seed=0) == found
     assert len(found["levels"]) == 2
     root, leaf = found["levels"]
     assert root["groups"] == root["letters"]["groups_visited"] == 1

@@ -61,7 +61,7 @@ void linear(const Job* jobs, int64_t count, int64_t rows);
 extern "C" void silu_product(const float* gate, const float* up, float* y, int64_t count);
 
 // What the heads see of the slots: query [P, R, M], geometry [P, N, 2M]; w has the keys of all heads, then their values.
-// slot_weights is [P, N, R], values [P, R M].
+// slot_weights is [P, N, R], values [P, R M]; values may be null: then w has the keys alone, and slots are only weighed.
 void read_slots(const float* query, const float* geometry, const Weight& w, float* slot_weights, float* values, int64_t positions, int64_t slots,
                 int64_t heads, int64_t size);
 

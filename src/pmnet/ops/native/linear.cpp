@@ -121,8 +121,8 @@ static void many_rows(const float* x, int64_t ldx, const Weight& w, float* y, in
             for (int64_t b = 0; b < blocks; b++)
                 for (int64_t c = 0; c < chunks; c++) {
                     int64_t first = b * ROW_BLOCK, count = rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK, o = c * columns;
-                    block_of_rows(x + first * ldx, ldx, w, packed.data() + o * depth, from, depth, lines.data(), y + first * ldy, ldy, count, o,
-                                  o + columns < w.outputs ? o + columns : w.outputs);
+                    block_of_rows([=](int64_t r) { return x + (first + r) * ldx; }, w, packed.data() + o * depth, from, depth, lines.data(),
+                                  y + first * ldy, ldy, count, o, o + columns < w.outputs ? o + columns : w.outputs);
                 }
         }
     }

@@ -68,11 +68,7 @@ void mix_backward(const float* weights, const float* geometry, const float* upst
 
 // out[p, n, :] = [sin ; cos](field[p, n, :] + anchors[groups[p], n, :]); field may be null
 void geometry(const float* field, const float* anchors, const int64_t* groups, float* out, int64_t positions, int64_t slots, int64_t size) {
-#pragma omp parallel for if (positions * slots * size > 2048)
-    for (int64_t t = 0; t < positions; t++)
-        for (int64_t n = 0; n < slots; n++)
-            geometry_row(field ? field + (t * slots + n) * size : nullptr, anchors + (groups[t] * slots + n) * size,
-                         out + (t * slots + n) * 2 * size, size);
+    geometries(field, anchors, groups, out, positions, slots, size);
 }
 
 // Gradient of the angles, from the geometry itself; rows = P * N

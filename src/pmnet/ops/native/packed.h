@@ -31,12 +31,13 @@ static inline void pack(const Weight& w, int64_t o, int64_t from, int64_t depth,
         }
 }
 
-// One pass for `count` rows and the outputs o .. end - 1 of some panels; `lines` has room for the rows.
-static inline void block_of_rows(const float* x, int64_t ldx, const Weight& w, const float* packed, int64_t from, int64_t depth, float* lines, float* y,
+// One pass for `count` rows, row(0), row(1), ..., and the outputs o .. end - 1 of some panels; `lines` has room for the rows.
+template <class Row>
+static inline void block_of_rows(Row row, const Weight& w, const float* packed, int64_t from, int64_t depth, float* lines, float* y,
                           int64_t ldy, int64_t count, int64_t o, int64_t end) {
     const Product p{depth + LANES, 1, TILE_COLUMNS, ldy, depth, from > 0};
     for (int64_t r = 0; r < count; r++)  // lines that lie a power of two apart would share few places of the cache
-        memcpy(lines + r * p.row_a, x + r * ldx + from, depth * sizeof(float));
+        memcpy(lines + r * p.row_a, row(r) + from, depth * sizeof(float));
     for (; o < end; o += TILE_COLUMNS, packed += TILE_COLUMNS * depth) {
         const float* bias = w.bias && from + depth == w.inputs ? w.bias + o : nullptr;
         int64_t columns = w.outputs - o;

@@ -21,8 +21,10 @@ static inline v16 half_turns(const float* raw, const float* bias, int64_t at, in
     return tanh(bias ? x + load(bias + at, left) : x);
 }
 
-// Weights a_n = softmax_n(sum_m cos(q_m - k_nm) / sqrt(M)) of one position and head; keys of slot n at keys + n * stride.
-static inline void address_head(const float* query, const float* keys, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
+// Weights a_n = softmax_n(sum_m cos(q_m - k_nm) / sqrt(M)) of one position and head; key(n, m, left) are the angles of
+// slot n from m on, in half turns.
+template <class Key>
+static inline void address_head(const float* query, Key key, int64_t slots, int64_t size, float* weights, int64_t step) {
     float scores[MOST_SLOTS];
     v16 total[MOST_SLOTS];
     for (int64_t n = 0; n < slots; n++) total[n] = v16{};
@@ -30,13 +32,18 @@ static inline void address_head(const float* query, const float* keys, int64_t s
         int64_t left = size - m;
         v16 q = tanh(load(query + m, left));
         for (int64_t n = 0; n < slots; n++) {
-            total[n] += keep(cosine_pi(q - tanh(load(keys + n * stride + m, left))), left, 0.f);
+            total[n] += keep(cosine_pi(q - key(n, m, left)), left, 0.f);
         }
     }
     float scale = 1.f / __builtin_sqrtf((float)size);
     for (int64_t n = 0; n < slots; n++) scores[n] = sum(total[n]) * scale;
     softmax(scores, slots);
     for (int64_t n = 0; n < slots; n++) weights[n * step] = scores[n];
+}
+
+// The same with raw keys, that of slot n at keys + n * stride.
+static inline void address_head(const float* query, const float* keys, int64_t stride, int64_t slots, int64_t size, float* weights, int64_t step) {
+    address_head(query, [=](int64_t n, int64_t m, int64_t left) { return tanh(load(keys + n * stride + m, left)); }, slots, size, weights, step);
 }
 
 static inline void mix_head(const float* weights, int64_t step, const float* geometry, int64_t slots, int64_t width, float* mixed) {
@@ -56,6 +63,27 @@ static inline void geometry_row(const float* field, const float* anchor, float* 
         store(out + m, s, size - m);
         store(out + size + m, c, size - m);
     }
+}
+
+static inline bool alike(const float* a, const float* b, int64_t count) { return memcmp(a, b, count * sizeof(float)) == 0; }
+
+// The same for all slots of `positions` positions [P, N, .]: slots that nothing has turned since the position before,
+// in the same group, are copied from there.
+static inline void geometries(const float* field, const float* anchors, const int64_t* groups, float* out, int64_t positions, int64_t slots,
+                              int64_t size) {
+    constexpr int64_t TOGETHER = 32;
+    int64_t line = slots * size;
+#pragma omp parallel for if (positions * line > 2048)
+    for (int64_t start = 0; start < positions; start += TOGETHER)
+        for (int64_t t = start; t < positions && t < start + TOGETHER; t++)
+            for (int64_t n = 0; n < slots; n++) {
+                const float* turned = field ? field + t * line + n * size : nullptr;
+                float* row = out + 2 * (t * line + n * size);
+                if (t > start && groups[t] == groups[t - 1] && (!field || alike(turned, turned - line, size)))
+                    memcpy(row, row - 2 * line, 2 * size * sizeof(float));
+                else
+                    geometry_row(turned, anchors + groups[t] * line + n * size, row, size);
+            }
 }
 
 // Half a register of floats, as many doubles, and integers of both sizes.

@@ -82,23 +82,15 @@ static void attention(const Floats& h, const Layer& layer, const Model& m, const
     apply({job(mixed, layer.out, out, m.heads * m.width, m.hidden)}, m.positions());
 }
 
-static void geometries(const float* field, const Level& level, const int64_t* groups, Floats& out, const Model& m) {
-    out.resize(m.positions() * m.slots * 2 * m.size);
-#pragma omp parallel for if (out.size() > ALONE)
-    for (int64_t i = 0; i < m.positions() * m.slots; i++)
-        geometry_row(field ? field + i * m.size : nullptr, level.anchors + (groups[i / m.slots] * m.slots + i % m.slots) * m.size,
-                     out.data() + i * 2 * m.size, m.size);
-}
-
 // Turns the memory, adds to the field, finds the geometry that reads see and the child groups.
 static void write(const Floats& h, const Layer& layer, const Level& level, bool top, Floats& field, Floats& geometry, int64_t* groups, const Model& m) {
-    Floats q, k, v, raw, weights(m.positions() * m.slots), angle(m.positions() * m.slots * m.size);
-    geometries(top ? nullptr : field.data(), level, groups, geometry, m);
+    Floats q, v, raw, weights(m.positions() * m.slots), angle(m.positions() * m.slots * m.size);
+    geometry.resize(m.positions() * m.slots * 2 * m.size);
+    geometries(top ? nullptr : field.data(), level.anchors, groups, geometry.data(), m.positions(), m.slots, m.size);
     apply({job(h, layer.write_query, q, m.hidden, m.size), job(h, layer.write_value, v, m.hidden, m.size)}, m.positions());
-    apply({job(geometry, layer.write_keys, k, 2 * m.size, m.size)}, m.positions() * m.slots);
-#pragma omp parallel for if (k.size() > 4096)
-    for (int64_t t = 0; t < m.positions(); t++)
-        address_head(q.data() + t * m.size, k.data() + t * m.slots * m.size, m.size, m.slots, m.size, weights.data() + t * m.slots, 1);
+    const Linear& w = layer.write_keys;
+    read_slots(q.data(), geometry.data(), Weight{w.values, w.scale, w.bias, 2 * m.size, m.size}, weights.data(), nullptr, m.positions(), m.slots, 1,
+               m.size);
     apply({job(v, layer.write_out, raw, m.size, m.size)}, m.positions());
     turn(weights.data(), raw.data(), groups, nullptr, nullptr, level.memory, angle.data(),
          Scan{m.rows, m.length, level.groups, m.slots, m.size, m.bits, m.cumulative});
@@ -106,7 +98,7 @@ static void write(const Floats& h, const Layer& layer, const Level& level, bool 
         memcpy(field.data(), angle.data(), angle.size() * sizeof(float));
     else
         add(field.data(), angle);
-    geometries(field.data(), level, groups, geometry, m);
+    geometries(field.data(), level.anchors, groups, geometry.data(), m.positions(), m.slots, m.size);
     for (int64_t t = 0; t < m.positions(); t++) {
         const float* p = weights.data() + t * m.slots;
         int64_t best = 0;
