@@ -1,8 +1,10 @@
 """What a command leaves behind: tables of what was measured, and where its numbers come from."""
 
 import json
+import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -157,3 +159,26 @@ def test_a_model_that_practised_can_be_watched(tmp_path):
 def test_what_is_not_finite_is_stored_as_null(tmp_path):
     provenance.write_json(tmp_path / "file.json", {"losses": [(1.5, float("nan"))], "most": float("inf")})
     assert json.loads((tmp_path / "file.json").read_text()) == {"losses": [[1.5, None]], "most": None}
+
+
+FAULTS = """
+import ctypes, resource
+from pmnet.cli_train import _keep_freed_memory
+{}
+def touch():
+    block = ctypes.create_string_buffer(2**26)
+    ctypes.memset(block, 1, len(block))
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_is_kept_while_training():
+    def faults(first):
+        command = [sys.executable, "-c", FAULTS.format(first)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert faults("_keep_freed_memory()") < faults("") // 4
