@@ -73,3 +73,8 @@ def test_a_state_is_not_given_without_a_cache(model):
     with pytest.raises(ValueError, match="use_cache=False reads everything again at every step"):
         model.generate(random_ids(2, 12), past_key_values=cache, use_cache=False, max_new_tokens=2)
     assert cache.columns == 0
+
+
+def test_continuous_batching_is_refused(model):
+    with pytest.raises(ValueError, match="continuous batching"):
+        model.generate_batch([[1, 2, 3]])

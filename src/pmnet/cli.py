@@ -26,6 +26,7 @@ from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
+from pmnet.report.console import out
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped
 
@@ -58,7 +59,6 @@ gradients = typer.Typer(
     no_args_is_help=True, help="Why it trains: gradients through time, norms, precision, saturation."
 )
 evaluate.add_typer(gradients, name="gradients")
-out = Console(markup=False, emoji=False)
 
 Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`).")]
 Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]

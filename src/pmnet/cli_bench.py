@@ -7,11 +7,11 @@ from types import ModuleType
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import pmnet
 from pmnet.config import PMNetConfig
 from pmnet.model.load import load_model
+from pmnet.report.console import out
 from pmnet.report.flops import facts, tables
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.recipes import MODELS
@@ -31,9 +31,8 @@ def flops_command(
     config = load_model(model).config if model is not None else _preset(str(preset))
     if save is not None:
         prepare_folder(save.parent, save.name)
-    console = Console()
     for table in tables(config, length):
-        console.print(table)
+        out.print(table)
     if save is not None:
         write_json(save, {**provenance(), "model": config.to_dict(), **facts(config, length)})
 
@@ -52,23 +51,24 @@ def bench_command(
 ) -> None:
     """Measure speed and memory against the published formulation, a Llama and a Mamba of equal size."""
     bench = checkout_module("benchmarks.cases")
-    console = Console(highlight=False, markup=False, emoji=False)
     if show:
         for case in bench.CASES.values():
-            console.print(f"{case.name:14} {case.description}", soft_wrap=True)
+            out.print(f"{case.name:14} {case.description}", soft_wrap=True, highlight=False)
         return
     if cases or not table:
         chosen = bench.choose(cases or [])
         options = bench.Options(repeats=repeats, seconds=seconds, size=size)
         configs = {name: _preset(name) for name in preset.split(",")}
+        for config in configs.values():
+            config.phase_bits = 32  # fresh weights turn nothing beyond a dead zone, and what stands still costs less
         prepare_folder(save)
         for name, config in configs.items():
             for case in chosen:
                 path = bench.store(case, name, config, options, save)
-                console.print(bench.section(path), soft_wrap=True)
-                console.print(f"saved {path}", soft_wrap=True)
+                out.print(bench.section(path), soft_wrap=True, highlight=False)
+                out.print(f"saved {path}", soft_wrap=True, highlight=False)
     if table:
-        console.print(f"wrote {bench.write_table(save)}", soft_wrap=True)
+        out.print(f"wrote {bench.write_table(save)}", soft_wrap=True, highlight=False)
 
 
 def _preset(name: str) -> PMNetConfig:

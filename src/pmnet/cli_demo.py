@@ -8,7 +8,6 @@ from typing import Annotated
 import psutil
 import torch
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pmnet.data.tasks import Filler
@@ -18,9 +17,9 @@ from pmnet.eval.retrieval import CHUNK
 from pmnet.model import PMNetCache, PMNetForCausalLM
 from pmnet.model.load import load_model
 from pmnet.model.tokenizer import PASTE
+from pmnet.report.console import out
 
 DEFAULT = "Hello, memory!"
-out = Console(markup=False, emoji=False)
 
 
 def demo_command(

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from pmnet.baselines import control, load_any
@@ -21,11 +20,11 @@ from pmnet.eval.gradients.precision import cumulative, exact, half, loss_curve, 
 from pmnet.eval.gradients.saturation import biases, capacity, check_fills, model_bias, spread
 from pmnet.eval.gradients.training import SHORTEST, Trial, run, summary
 from pmnet.model import PMNetForCausalLM
+from pmnet.report.console import out
 from pmnet.report.plots_gradients import plot_jacobian, plot_precision, plot_saturation, plot_training
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.recipes import demo, demo_model
 
-out = Console(markup=False, emoji=False)
 NORMS = (("median", "median"), ("99 %", "p99"), ("max", "max"))
 
 Save = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON file and the PNG.")]

@@ -14,10 +14,9 @@ from rich.table import Table
 from pmnet.baselines import load_any
 from pmnet.data.files import open_files
 from pmnet.eval.longcontext import POINTS, beyond, bits_by_position, modes_of, whole_books
+from pmnet.report.console import out
 from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import prepare_folder, provenance, write_json
-
-out = Console(markup=False, emoji=False)
 
 
 def longcontext_command(

@@ -14,10 +14,9 @@ from pmnet.baselines import load_any
 from pmnet.eval.mechanism import mechanism, problem_of
 from pmnet.eval.suite import TASKS, check_cells, controlled, grid, measure_cell
 from pmnet.model.load import load_model
+from pmnet.report.console import out
 from pmnet.report.plots import plot_memory, plot_retrieval
 from pmnet.report.provenance import prepare_folder, provenance, write_json
-
-out = Console(markup=False, emoji=False)
 
 
 def retrieval_command(

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from pmnet.baselines import CONTROLS, UNTRACED, VariantConfig, control, load_any
 from pmnet.config import PMNetConfig
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.model.tokenizer import COPY, first_id
+from pmnet.report.console import out
 from pmnet.report.cost import cost_line
 from pmnet.report.provenance import provenance, write_json
 from pmnet.train.checkpoint import exclusive, is_record, starting_point, step_of
@@ -27,7 +27,6 @@ from pmnet.train.practice import Practice
 from pmnet.train.recipes import RECIPES, Recipe
 from pmnet.train.tasks import ByteTask, Task
 
-out = Console(markup=False, emoji=False)
 _PRESETS = "; ".join(f"{task}: {', '.join(recipes)}" for task, recipes in RECIPES.items())
 
 
