@@ -11,6 +11,7 @@ OUTSIDE = (  # models that are not in the box
     "Short gaps",
     "Longer strings",
     "Quiet filler",
+    "Four heads",
     "Twelve letters",
     "Wide window",
     "Eight heads",
@@ -48,7 +49,7 @@ def page(root: Path) -> str:
         *_runs("Grid of rotations, seed 0", [root / "demo" / "seed-0", *root.glob("phase-bits/*")], "phase_bits"),
         *_tasks("Other tasks, demo preset", sorted(root.glob("tasks/*"))),
         *_tasks("A number in text: controls of equal size", sorted(root.glob("needle-controls/*"))),
-        *_memory("How it does it", sorted(root.glob("*/**/memory.json"))),
+        *_memory("How it does it", root),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -139,9 +140,9 @@ def _tasks(title: str, folders: list[Path]) -> list[str]:
     return [f"## {title}", table(heads, rows)] if rows else []
 
 
-def _memory(title: str, paths: list[Path]) -> list[str]:
+def _memory(title: str, root: Path) -> list[str]:
     parts = []
-    for path in paths:
+    for path in sorted(root.glob("*/**/memory.json")):
         stored = load(path)
         rows = [
             [str(index), f"{level['letters']['groups_visited']} of {level['groups']}",
@@ -154,7 +155,7 @@ def _memory(title: str, paths: list[Path]) -> list[str]:
         heads = ["level", "groups visited", "mean angle, letters (rad)", "filler (rad)", "turned by a letter",
                  "by a filler byte", "same group", "same slot", "phases that filler turned"]  # fmt: skip
         without = [[name, *map(_percent, right.values())] for name, right in stored["without"].items()]
-        parts.append(f"### {path.parent.name}, strings of {stored['size']}")
+        parts.append(f"### {path.parent.relative_to(root)}, strings of {stored['size']}")
         parts += [table(heads, rows), table(["set to zero", "exact", "bytes right"], without), *_slots(stored)]
     return [f"## {title}", *parts] if parts else []
 

@@ -261,7 +261,7 @@ def test_the_strings_in_one_state_are_stored():
     assert f"{first} of first, {second} of second and {fourth} of fourth ones are" in told("docs/retrieval.md")
     box = json.loads((root / "box" / "2" / "copy-paste.json").read_text())
     assert all(cell["exact"] == 0 and cell["strings"] == 512 for cell in box["cells"] if cell["size"] >= 8)
-    quoted = "the same model gives back {} % of second strings of 8, {} % of third ones and {} % of fourth ones"
+    quoted = "gives back {} % of second strings of 8, {} % of third ones and {} % of fourth ones"
     assert quoted.format(*(exact[n][2] for n in (2, 3, 4))) in told("README.md")
 
 

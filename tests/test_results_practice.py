@@ -67,7 +67,24 @@ def test_quiet_filler_and_sixteen_slots_are_stored():
     rows = re.findall(r"^\| (\d+) \|" + r" ([\d.]+) % \|" * 6 + "$", (ROOT / "docs" / "retrieval.md").read_text(), re.M)
     assert [int(size) for size, *_ in rows] == [8, 16, 32]
     for size, *figures in rows:
-        runs = ("sixteen-slots-first-half", "sixteen-slots-gentle-finish", "../box")
+        runs = ("sixteen-slots-first-half", "sixteen-slots-gentle-finish", "../four-heads/box")
         cells = [cell(run, int(size), distance) for run in runs for distance in (62, 10_000)]
         assert [c["strings"] for c in cells] == [1000, 500] * 3
         assert [f"{100 * c['exact']:.1f}" for c in cells] == figures
+
+
+def test_what_more_room_gives_is_stored():
+    page, folder = (ROOT / "docs" / "retrieval.md").read_text(), ROOT / "results" / "retrieval" / "box"
+    section = page[page.index("## Room for letters") : page.index("## Several strings")]
+    rows = re.findall(r"^\| (\d+) \|" + r" ([\d.]+) % \|" * 5 + "$", section, re.M)
+    assert [size for size, *_ in rows] == ["8", "16", "32"]
+    stored = [json.loads((folder / name / "copy-paste.json").read_text()) for name in ("near", "far")]
+    cells = [cell for part in stored for cell in part["cells"]]
+    for size, *figures in rows:
+        at = {c["distance"]: f"{100 * c['exact']:.1f}" for c in cells if c["size"] == int(size)}
+        assert [at[distance] for distance in (34, 134, 536, 4288, 10_000)] == figures
+    beyond = json.loads((folder / "beyond" / "copy-paste.json").read_text())["cells"]
+    assert all(cell["exact"] == 0 and cell["strings"] == 1000 for cell in beyond)
+    shares = [f"{100 * cell['letters']:.1f}" for cell in beyond]
+    for name in ("README.md", "docs/retrieval.md"):
+        assert f"{shares[0]}, {shares[1]} and {shares[2]} % of their bytes are right" in told(name)

@@ -1,6 +1,6 @@
 """What `generate` has to know about a PMNet: its state, its positions, its documents."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList
@@ -76,6 +76,14 @@ class PMNetGenerationMixin(GenerationMixin):
             given = (value.device for value in model_kwargs.values() if isinstance(value, torch.Tensor))
             device = next(given, self.device)  # the model's own says nothing where its weights are offloaded
             model_kwargs["past_key_values"] = PMNetCache(self.config, rows, device, self.dtype)
+
+    def init_continuous_batching(self, *_: Any, **__: Any) -> NoReturn:
+        """Refuse: continuous batching pages keys and values, and the memory of a PMNet is no page of them.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("continuous batching (generate_batch) pages keys and values: a PMNet has generate for batches")
 
     def _get_stopping_criteria(
         self, generation_config: GenerationConfig, *arguments: Any, **kwargs: Any
