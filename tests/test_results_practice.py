@@ -88,3 +88,8 @@ def test_what_more_room_gives_is_stored():
     shares = [f"{100 * cell['letters']:.1f}" for cell in beyond]
     for name in ("README.md", "docs/retrieval.md"):
         assert f"{shares[0]}, {shares[1]} and {shares[2]} % of their bytes are right" in told(name)
+    again = json.loads((folder / "../more-slots/seed-1/near/copy-paste.json").read_text())["cells"]
+    other = {(c["size"], c["distance"]): f"{100 * c['exact']:.1f}" for c in again}
+    near, far = (", ".join(other[size, at] for size in (8, 16)) + f" and {other[32, at]} %" for at in (134, 4288))
+    assert f"{near} of strings of 8, 16 and 32 behind 134 bytes, and {far} behind 4,288" in told("docs/retrieval.md")
+    assert f"{near} of strings of 8, 16 and 32 behind 134 bytes" in told("README.md")

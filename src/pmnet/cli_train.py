@@ -138,7 +138,7 @@ def train_command(
 def _keep_freed_memory() -> None:
     """Let glibc keep what is freed: each step asks for as much again, and the kernel hands out new pages slowly.
 
-    Without it a third to a half of a training step on a small CPU is the first touch of pages.
+    Without it more than a quarter of a training step on a small CPU is the first touch of pages.
     """
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # of malloc.h
