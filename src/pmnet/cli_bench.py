@@ -53,7 +53,7 @@ def bench_command(
     bench = checkout_module("benchmarks.cases")
     if show:
         for case in bench.CASES.values():
-            out.print(f"{case.name:14} {case.description}", soft_wrap=True, highlight=False)
+            out.print(f"{case.name:14} {case.description}", soft_wrap=True)
         return
     if cases or not table:
         chosen = bench.choose(cases or [])
@@ -65,10 +65,10 @@ def bench_command(
         for name, config in configs.items():
             for case in chosen:
                 path = bench.store(case, name, config, options, save)
-                out.print(bench.section(path), soft_wrap=True, highlight=False)
-                out.print(f"saved {path}", soft_wrap=True, highlight=False)
+                out.print(bench.section(path), soft_wrap=True)
+                out.print(f"saved {path}", soft_wrap=True)
     if table:
-        out.print(f"wrote {bench.write_table(save)}", soft_wrap=True, highlight=False)
+        out.print(f"wrote {bench.write_table(save)}", soft_wrap=True)
 
 
 def _preset(name: str) -> PMNetConfig:

@@ -75,7 +75,7 @@ def demo_command(
     )
     for name, said in (("you typed", typed), ("memory on", recalled), ("memory off", control)):
         verdict = "" if name == "you typed" else ("  exact" if said == typed else "  wrong")
-        out.print(f"{name:>10}: {said.decode('utf-8', 'backslashreplace')!r}{verdict}", markup=False, highlight=False)
+        out.print(f"{name:>10}: {said.decode('utf-8', 'backslashreplace')!r}{verdict}")
 
 
 def answer(model: PMNetForCausalLM, cache: PMNetCache, longest: int) -> bytes:

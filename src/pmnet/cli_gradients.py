@@ -52,7 +52,7 @@ def jacobian_command(
         found.append(row | jacobian(network, positions, rows, seed) | {"seconds": time.monotonic() - started})
         curves = found[-1]["curves"]
         ends = ", ".join(f"{label} {curve[-1]['median']} at {curve[-1]['n']:,}" for label, curve in curves.items())
-        out.print(f"{name}{' (trained)' if folder else ''}: log10 of {ends}", highlight=False)
+        out.print(f"{name}{' (trained)' if folder else ''}: log10 of {ends}")
         write_json(save / "jacobian.json", facts | {"models": found})
     plot_jacobian(found, save / "jacobian.png")
 
@@ -85,7 +85,7 @@ def training_command(
         parts = [f"{title} {told[key]:.3g}" for title, key in NORMS if told[key] is not None]
         parts.append(f"{told['diverged']} of {told['runs']} diverged")
         setting = f"{name} T={trial.total} rate={trial.rate:g} scale={trial.scale:g} factor={trial.factor}"
-        out.print(f"{setting}: {', '.join(parts)}", highlight=False)
+        out.print(f"{setting}: {', '.join(parts)}")
         write_json(save / "training.json", facts | {"trials": found})
     plot_training(found, save / "training.png")
 
@@ -107,13 +107,13 @@ def precision_command(
     prepare_folder(save, "precision.json", "precision.png")
     errors = state_errors(forms, numbers, 4, 8, seeds)
     for row in errors:
-        out.print(f"{row['form']}, {row['length']:,}: rms {row['rms']:.2e} rad, max {row['max']:.2e}", highlight=False)
+        out.print(f"{row['form']}, {row['length']:,}: rms {row['rms']:.2e} rad, max {row['max']:.2e}")
     recipe = replace(demo(8), steps=steps, batch_size=4, length=128)
     curves = []
     for kind in ("float32", "bf16 autocast", "bf16 weights"):
         losses = [loss_curve(demo_model(), kind, replace(recipe, seed=seed)) for seed in range(seeds)]
         curves.append({"precision": kind, "losses": losses})
-        out.print(f"{kind}: last losses {', '.join(f'{loss[-1]:.3f}' for loss in losses)}", highlight=False)
+        out.print(f"{kind}: last losses {', '.join(f'{loss[-1]:.3f}' for loss in losses)}")
     facts = provenance() | {"seeds": seeds, "recipe": recipe.facts(), "model": demo_model().to_dict()}
     write_json(save / "precision.json", facts | {"errors": errors, "curves": curves})
     plot_precision(errors, curves, save / "precision.png")
@@ -137,10 +137,7 @@ def saturation_command(
             found.append({"name": name, "folder": folder, "filler": kind, "phase_bits": network.config.phase_bits,
                           "model": network.config.to_dict(), "curve": curve})  # fmt: skip
             shown = ", ".join(f"{value:.3f}" for value in curve[-1]["levels"])
-            out.print(
-                f"{folder or 'untrained'}, {kind}: circular variance {shown} after {curve[-1]['bytes']:,}",
-                highlight=False,
-            )
+            out.print(f"{folder or 'untrained'}, {kind}: circular variance {shown} after {curve[-1]['bytes']:,}")
     size = demo_model().memory_size
     models = []
     for seed in range(seeds):

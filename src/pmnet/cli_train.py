@@ -120,12 +120,12 @@ def train_command(
             source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
         if main:
             done = 0 if found is None else step_of(found)
-            out.print(cost_line(recipe, processes, done), highlight=False)
+            out.print(cost_line(recipe, processes, done))
     else:
         source = build_ladder(task, recipe, processes)
     if main and recipe.steps <= recipe.warmup:
         out.print(f"{recipe.steps} steps end within the warm-up of {recipe.warmup}: "
-                  f"the learning rate never reaches {recipe.learning_rate:g}", highlight=False)  # fmt: skip
+                  f"the learning rate never reaches {recipe.learning_rate:g}")  # fmt: skip
     _keep_freed_memory()
     facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
     facts |= {"recipe": recipe.facts(), "model": recipe.model.to_dict()}

@@ -1,5 +1,5 @@
-"""What commands print to: paths and strings of users are shown as they are, without markup or emoji."""
+"""What commands print to: paths and strings of users are shown as they are, without markup, emoji or colours."""
 
 from rich.console import Console
 
-out = Console(markup=False, emoji=False)
+out = Console(markup=False, emoji=False, highlight=False)

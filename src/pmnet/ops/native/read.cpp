@@ -96,9 +96,9 @@ void read_slots(const float* query, const float* geometry, const Weight& w, floa
         Floats keys(block * slots * together * size), mixed(span * width), lines(block * slots * (pass_of(width) + LANES));
         Distinct distinct;
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t turn = 0; turn < positions; turn += span) {
-            int64_t end = positions - turn < span ? positions : turn + span, count;
-            for (int64_t start = turn; start < end; start += count) {
+        for (int64_t first = 0; first < positions; first += span) {
+            int64_t end = positions - first < span ? positions : first + span, count;
+            for (int64_t start = first; start < end; start += count) {
                 const float* geo = geometry + start * slots * width;
                 count = distinct.find(geo, end - start, slots, width, block * slots);
                 for (int64_t r = 0; r < heads; r++) {
