@@ -141,10 +141,11 @@ def box() -> Recipe:
     """The first half of a model of long strings: up to 15 bytes, whose marker attention sees from every letter.
 
     It has sixteen slots to a group: with the eight of the demo, strings end before 20 letters. And eight heads, twice
-    those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise.
+    those of the demo: a letter is placed by how much each of them sees of the marker, and less of that is noise. At a
+    rotary base of 100 most frequencies have periods within a window; at 10,000 distances of a period apart look alike.
     """
     model = demo_model()
-    model.sliding_window, model.num_memory = 16, 16
+    model.sliding_window, model.num_memory, model.rope_theta = 16, 16, 100.0
     model.num_attention_heads = model.num_key_value_heads = 8
     return replace(demo(15), model=model, gap=model.receptive_field, hold=0.5)
 
