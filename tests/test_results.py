@@ -78,14 +78,18 @@ def test_the_speeds_on_a_gpu_are_those_that_are_stored():
     page = told("README.md")
     trained = f"| {rate('train-compiled', 'ours')} compiled, {rate('train', 'ours')} not |"
     assert f"{trained} {rate('train', 'published')} | {rate('train', 'llama')} |" in page
-    for section, ours, words in (
-        ("prefill", "ours", "1 MiB read in chunks of 64 KiB, autocast"),
-        ("decode-1-float32", "ours, CUDA graph", "decode, one stream, float32, CUDA graph"),
+    others = [rate("prefill", name) for name in ("published", "llama")]
+    assert f"in chunks of 4 KiB | {rate('prefill', 'ours')} | {' | '.join(others)} |" in page
+    for name in ("published", "llama"):
+        entry = row("prefill", name)
+        assert (entry["chunk"], round(entry["bytes"] / entry["bytes_per_second"])) == (4096, 6)
+    for section, words, rest in (
+        ("decode-1-float32", "decode, one stream, float32", ("published", "llama")),
+        ("decode-64-bfloat16", "decode, 64 streams, bfloat16 weights", ("llama",)),
     ):
-        rates = " | ".join(rate(section, name) for name in (ours, "published", "llama"))
-        assert f"| {words} | {rates} |" in page
-    many = f"{rate('decode-64-bfloat16', 'ours, CUDA graph')} | | {rate('decode-64-bfloat16', 'llama')} |"
-    assert f"| decode, 64 streams, bfloat16 weights, CUDA graph | {many}" in page
+        ours = f"{rate(section, 'ours, CUDA graph')} as a CUDA graph, {rate(section, 'ours')} not"
+        rates = " | ".join(rate(section, name) for name in rest)
+        assert f"| {words} | {ours} | {'' if len(rest) > 1 else '| '}{rates} |" in page
     assert f"at {100 * row('train-compiled', 'ours')['fraction_of_limit']:.0f} % of the measured bfloat16" in page
     read = row("prefill", "ours")
     assert f"read in {read['seconds']:.1f} s with {read['peak_bytes'] / 1e9:.1f} GB" in page

@@ -43,4 +43,4 @@ def test_the_readme_quotes_stored_figures():
     speed = {(row["name"], row["length"]): row["bytes_per_second"]
              for row in json.loads((STORED / "cost" / "cost.json").read_text())["rows"]}  # fmt: skip
     assert f"at 2,048 positions it trains at {speed['ntm', 2048]:,.0f} bytes" in text
-    assert f"the PMNet at {speed['pmnet', 2048]:,.0f}" in text
+    assert f"and the PMNet at {speed['pmnet', 2048]:,.0f}" in text
