@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pmnet.ops import int8, native, write
+from pmnet.ops.linear import MAX_DEPTH
 from pmnet.ops.native import library
+from pmnet.ops.phase import MOST_SLOTS
 
 PROGRAM = """
 import torch, pmnet
@@ -43,6 +47,14 @@ def quick(tmp_path):
     built = shlex.quote(library()._name)
     lines = f'echo "$1" >> {tmp_path}/calls; test "$1" = --version && exit; for last; do :; done; cp {built} "$last"'
     return compiler_script(tmp_path / "quick", lines)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("PART", write._PART), ("MOST_SLOTS", MOST_SLOTS), ("DEPTH", MAX_DEPTH), ("LANES", int8._LANES)]
+)
+def test_python_has_the_sizes_of_the_kernels(name, size):
+    text = "".join(path.read_text() for path in Path(native.__file__).parent.glob("*.[ch]*"))
+    assert re.findall(rf"constexpr int\w* {name} = (\d+)", text) == [str(size)]
 
 
 def test_without_a_compiler_plain_torch_is_used(tmp_path):

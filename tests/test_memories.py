@@ -113,7 +113,7 @@ def test_half_precision_keeps_the_sums(kind):
     model, ids = variant(kind), random_ids(2, 200)
     hidden = model.model.embed_tokens(ids).to(torch.bfloat16)
     write, anchors = model.model.layers[0].memory_write_module, model.model.memory_embeddings[0]
-    root = Visit(torch.zeros_like(ids), None, None)
+    root = Visit(torch.zeros_like(ids), None)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         *_, memory = write(hidden, root, anchors, empty_memory(model.config, 2)[0], Tokens(None, None))
         weights, raw = write.propose(hidden, root, anchors)

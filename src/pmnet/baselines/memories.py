@@ -67,7 +67,7 @@ class PlainWrite(MemoryWrite):
 
     def forward(
         self, hidden: Tensor, visit: Visit, anchors: Tensor, memory: Tensor, tokens: Tokens
-    ) -> tuple[Visit, Visit, Tensor]:
+    ) -> tuple[Tensor, Visit, Tensor]:
         """As `MemoryWrite.forward`; `memory` is the bit pattern of float32 numbers, int32 `[B, G, N, M]`."""
         weights, raw = self.propose(hidden, visit, anchors)
         written = (weights.unsqueeze(-1) * to_angle(raw).unsqueeze(2)).flatten(2)
@@ -80,8 +80,7 @@ class PlainWrite(MemoryWrite):
             states = written
         states = states.unflatten(-1, anchors.shape[1:])
         below = hand_down(visit, weights, states)
-        here = visit._replace(field=below.field, geometry=self.features(below.field, anchors, visit.groups))
-        return here, below, memory
+        return self.features(below.field, anchors, visit.groups), below, memory
 
 
 def twice(field: Tensor | None, anchors: Tensor, groups: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from pmnet.train.loop import loss_of
 from pmnet.train.optimizers import build_optimizers
 from pmnet.train.recipes import Recipe
 
-Scan = Callable[[Tensor], Tensor]  # rotations in radians, float32 [B, T, C], to the states after each, one group
+Scan = Callable[[Tensor], Tensor]  # rotations in radians, float32 [B, T, C], to states after each (or the last TAIL)
 TAIL = 100  # positions at the end whose error counts
 
 

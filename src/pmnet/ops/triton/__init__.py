@@ -1,5 +1,5 @@
-"""Fused kernels of the write and the read: forward and backward as plain functions, without autograd.
+"""Fused kernels of the write, the read and the window attention; `operators.py` makes operators with gradients of them.
 
-`scan.py` adds up rotations (`write_states`, `write_gradient`), `read.py` attends over slots (`read_forward`,
-`read_backward`). Only these two modules import triton; `pmnet` itself does not need it.
+`scan.py` and `scan_gradient.py` add up rotations, `read.py` and `read_gradient.py` attend over slots, `attention.py`
+over the window. Only the modules of this folder import triton; `pmnet` itself does not need it.
 """
