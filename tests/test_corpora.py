@@ -87,6 +87,13 @@ def test_a_failure_leaves_nothing(tiers, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_source_without_documents_is_named(tiers, tmp_path, monkeypatch):
+    monkeypatch.setitem(corpora.TIERS, "tiny", [*corpora.TIERS["tiny"], Source("pypi", "empty==1", lambda _: iter(()))])
+    with pytest.raises(OSError, match="empty==1 has no documents"):
+        prepare("tiny", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_cannot_be_fetched_is_named(tmp_path, monkeypatch):
     def refuse(command, **_):
         raise subprocess.CalledProcessError(1, command, stderr="first\nno such package\n")

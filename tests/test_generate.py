@@ -1,7 +1,6 @@
 """`generate()` and the streaming state: what a user does with them."""
 
 import itertools
-import math
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ from transformers import TextIteratorStreamer
 
 import pmnet
 from pmnet import PMNetCache
-from pmnet.model.stream import stream_bytes
 from tests.conftest import assert_same_state, random_ids, small_model
 
 QUIET = {"pad_token_id": 256, "eos_token_id": None}
@@ -192,25 +190,13 @@ def test_damaged_or_foreign_states_are_named(model, tmp_path):
         model(random_ids(1, 2), past_key_values=PMNetCache(model.config, 2))
 
 
-def test_a_stream_of_a_published_model_begins_with_its_own_bos_and_draws_no_special_ids():
-    model = small_model("deep", pad_token_id=0, bos_token_id=254, eos_token_id=255)
-    cache = PMNetCache(model.config)
-    torch.manual_seed(0)
-    drawn = b"".join(stream_bytes(model, b"ab", cache, 1500, temperature=100.0))  # nearly uniform
-    assert len(set(drawn)) > 240
-    assert not {0, 254, 255} & set(drawn)
-    expected = PMNetCache(model.config)
-    with torch.no_grad():
-        model(torch.tensor([[254, *b"ab", *drawn]]), past_key_values=expected)
-    assert_same_state(cache, expected)
-
-
-def test_an_empty_nucleus_and_the_smallest_temperature_are_greedy(model):
-    streams = (
-        b"".join(stream_bytes(model, b"ab", PMNetCache(model.config), 20, temperature, top_p))
-        for temperature, top_p in ((0.0, 1.0), (1.0, 0.0), (1e-45, 1.0), (1e-320, 1.0))
-    )
-    assert next(streams) == next(streams) == next(streams)
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_a_state_gets_rows_for_beams_and_several_answers(model, how):
+    ids, found = random_ids(3, 9), []
+    for given in ({}, {"past_key_values": PMNetCache(model.config, 3)}):
+        torch.manual_seed(0)
+        found.append(model.generate(ids, max_new_tokens=4, **how, **given))
+    assert torch.equal(*found)
 
 
 def test_a_state_that_cannot_be_written_is_named_and_leaves_nothing(model, tmp_path):
@@ -246,31 +232,6 @@ def test_what_is_generated_belongs_to_the_last_document(model):
     found = model.generate(more, past_key_values=cache, **plain)
     expected = model.generate(more[:, 12:], **plain)
     torch.testing.assert_close(found.logits[0], expected.logits[0], atol=1e-5, rtol=0)
-
-
-def test_a_long_prompt_is_read_in_chunks(model, monkeypatch):
-    lengths, original = [], type(model).forward
-
-    def counted(self, input_ids, *args, **kwargs):
-        lengths.append(input_ids.shape[1])
-        return original(self, input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "forward", counted)
-    cache, prompt = PMNetCache(model.config), bytes(range(1, 251)) * 10
-    drawn = b"".join(stream_bytes(model, prompt, cache, 2, temperature=0.0))
-    assert lengths == [1024, 1024, 453, 1, 1]
-    expected = PMNetCache(model.config)
-    with torch.no_grad():
-        model(torch.tensor([[257, *prompt, *drawn]]), past_key_values=expected)
-    assert_same_state(cache, expected)
-
-
-def test_scores_that_are_not_finite_are_named():
-    model = small_model("deep")
-    with torch.no_grad():
-        model.model.norm.weight.fill_(math.inf)
-    with pytest.raises(ValueError, match="not finite"):
-        next(stream_bytes(model, b"a", PMNetCache(model.config), 1))
 
 
 def test_a_state_that_has_read_is_not_read_into_again(model):

@@ -163,6 +163,11 @@ def test_a_state_of_other_integers_is_refused(name):
 
 
 def test_eight_bit_weights_are_not_cast():
+    mixed = small_model("period")
+    mixed.model.layers[-1].mlp.down_proj.bfloat16()
+    with pytest.raises(ValueError, match=r"float32 weights on the CPU, down_proj has torch\.bfloat16"):
+        pmnet.quantize_int8(mixed)
+    assert not [module for module in mixed.modules() if isinstance(module, pmnet.ops.Int8Linear)]
     with pytest.raises(ValueError, match="before quantize_int8"):
         pmnet.quantize_int8(small_model("period")).bfloat16()
 
@@ -181,6 +186,24 @@ def test_tracers_see_operators_and_not_addresses(length):
             model(inputs_embeds=torch.zeros(1, length, hidden.shape[-1]), past_key_values=cache).logits.shape[1]
             == length
         )
+        ids = torch.zeros(2, length, dtype=torch.int64)
+        assert model(ids, labels=ids).loss.shape == ()
+    ids = random_ids(3, length)
+    together = torch.vmap(lambda row: model(row.unsqueeze(0), use_cache=False).logits)(ids)
+    torch.testing.assert_close(together.squeeze(1), model(ids).logits)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev])
+def test_transforms_that_differentiate_are_refused(transform):
+    model, ids = small_model("period"), random_ids(1, 5)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    with pytest.raises(NotImplementedError, match=r"torch\.func\.grad"):
+        transform(lambda found: torch.func.functional_call(model, found, (ids,), {"labels": ids}).loss)(weights)
+
+
+def test_attention_weights_are_refused():
+    with pytest.raises(ValueError, match="no attention weights"):
+        small_model("period")(random_ids(1, 3), output_attentions=True)
 
 
 @torch.no_grad()

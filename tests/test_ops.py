@@ -216,6 +216,25 @@ def test_wrong_input_is_named(delta, segments, state):
         phase_scan(delta, segments, state)
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_a_group_or_a_grid_out_of_range_is_refused(backend):
+    weights, raw, groups, memory = write_problem(2, 5, 3, 2, 4)
+    with use_backend(backend):
+        for bits in (0, 33):
+            with pytest.raises(ValueError, match=f"phase_bits must be from 1 to 32, got {bits}"):
+                phase_write(weights, raw, groups, memory, phase_bits=bits)
+        for group in (-1, memory.shape[1]):
+            with pytest.raises(ValueError, match=rf"groups must lie in \[0, {memory.shape[1]}\), got {group}"):
+                phase_write(weights, raw, groups.index_fill(1, torch.tensor([2]), group), memory)
+
+
+def test_angles_of_many_turns_are_angles():
+    turns = torch.tensor([2.0**31 + 0.25, -(2.0**20) - 0.125, 2.0**40], dtype=torch.float64)
+    for bits in (3, 5, 32):
+        assert torch.equal(to_turns(turns * 2 * math.pi, bits), to_turns(turns.frac() * 2 * math.pi, bits))
+    assert to_turns(torch.tensor([math.inf, math.nan])).tolist() == [0, 0]
+
+
 def test_a_write_names_wrong_input():
     weights, raw, groups, memory = write_problem(2, 5, 3, 2, 4)
     for arguments in (

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pmnet.atomic import replacing
 from pmnet.baselines import LSTMConfig, LSTMForCausalLM
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
@@ -105,45 +105,15 @@ def test_a_compiled_ladder_does_not_compile_for_every_stage(tmp_path, monkeypatc
         replace(RECIPES["lm"]["tiny"](), compile=True)
 
 
-def test_a_folder_takes_the_place_of_another_or_leaves_it(tmp_path, monkeypatch):
-    target, elsewhere = tmp_path / "model", tmp_path / "elsewhere"
-    target.mkdir()
-    (target / "old").write_text("old")
-    kept = tmp_path / "model.old"  # somebody's own
-    kept.mkdir()
-
-    def write():
-        with replacing(target) as partial:
-            partial.mkdir()
-            (partial / "new").write_text("new")
-
-    rename = os.replace
-
-    def full(source, place):
-        if str(source).endswith(".partial"):
-            raise OSError(28, "No space left on device")
-        rename(source, place)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", full)
-        with pytest.raises(OSError, match=r"could not write .*model: .*No space left"):
-            write()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "model.old"]
-    assert (target / "old").read_text() == "old"
-    write()
-    assert [path.name for path in target.iterdir()] == ["new"]
-    target.rename(elsewhere)
-    target.symlink_to(elsewhere)
-    write()
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "model", "model.old"]
-
-
 def test_linked_folders_are_read_once_and_dangling_links_are_named(books, tmp_path):
     (tmp_path / "data").mkdir()
     for name in ("one", "two"):
         (tmp_path / "data" / name).symlink_to(books)
     assert len(open_files([tmp_path / "data"]).paths) == 3
+    (tmp_path / "data" / ".store").mkdir()
+    (tmp_path / "data" / ".store" / "hidden").write_text("what a visible link names is read")
+    (tmp_path / "data" / "visible").symlink_to(".store")
+    assert [path.name for path in open_files([tmp_path / "data"]).paths].count("hidden") == 1
     (tmp_path / "data" / "gone").symlink_to(tmp_path / "unmounted" / "book")
     with pytest.raises(FileNotFoundError, match="gone is a link to nothing"):
         open_files([tmp_path / "data"])
@@ -200,6 +170,18 @@ def test_odd_numbers_are_named():
         fails(["eval", "gradients", "training", option, value], option, repr(value))
 
 
+def test_a_thread_trains_and_leaves_the_settings_of_its_caller(tmp_path):
+    plan = replace(RECIPES["copy-paste"]["demo"](), steps=1, batch_size=2, size=2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with ThreadPoolExecutor() as pool:
+            pool.submit(train, plan, build_ladder("copy-paste", plan), tmp_path / "run").result()
+        assert torch.get_deterministic_debug_mode() == 1
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 def test_a_checkpoint_without_an_untied_head_is_incomplete(tmp_path):
     plan = replace(RECIPES["copy-paste"]["demo"](), steps=1, batch_size=1)
     plan.model.tie_word_embeddings = False
@@ -209,20 +191,6 @@ def test_a_checkpoint_without_an_untied_head_is_incomplete(tmp_path):
     save_file({name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}, file, {"format": "pt"})
     with pytest.raises(ValueError, match="1 weights missing"):
         train(plan, build_ladder("copy-paste", plan), tmp_path / "run", resume=True)
-
-
-def test_a_link_is_written_through_and_a_pipe_left_alone(tmp_path):
-    pipe, link, real = tmp_path / "pipe", tmp_path / "link", tmp_path / "real"
-    os.mkfifo(pipe)
-    link.symlink_to(real)
-    with pytest.raises(OSError, match=r"could not write .*pipe: it is neither a file nor a folder"), replacing(pipe):
-        pass
-    assert pipe.is_fifo()
-    for text in ("one", "two"):
-        with replacing(link) as partial:
-            partial.write_text(text)
-        assert link.is_symlink()
-        assert real.read_text() == text
 
 
 def test_a_file_is_read_once_however_it_is_spelled(tmp_path, monkeypatch):

@@ -121,6 +121,14 @@ def test_windows_with_a_carried_state_are_one_long_read(name):
     assert carry.nbytes == size
 
 
+def test_a_window_that_is_refused_was_not_read():
+    carry = Carry(build("pmnet"), 3)
+    with pytest.raises(ValueError, match="input_ids must lie in"):
+        carry.read(torch.full((3, 4), -1))
+    assert carry.columns == carry.cache.columns == 0
+    assert carry.state() == {}
+
+
 @pytest.mark.parametrize("name", ["pmnet", "mamba2"])
 def test_a_restarted_row_has_forgotten(name):
     model, ids = build(name), random_ids(3, 60)

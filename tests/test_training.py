@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pmnet.baselines import load_any
 from pmnet.data.files import RandomWindows, open_files
 from pmnet.data.streams import ContiguousWindows
 from pmnet.memory import MemoryRead
@@ -219,6 +220,13 @@ def test_the_training_step_compiles_without_graph_breaks(name, text):
     assert correct == same
 
 
+def test_a_model_trained_under_autocast_is_the_one_that_was_saved(text, tmp_path):
+    plan = recipe(steps=1, precision="bf16")
+    model, ids = train(plan, task(text, plan), tmp_path / "run"), torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load_any(tmp_path / "run" / "model")(ids).logits)
+
+
 def test_bf16_autocast_and_pure_bf16_train(text):
     plan = recipe()
     batch = task(text, plan).batch(0)
@@ -236,13 +244,13 @@ def test_bf16_autocast_and_pure_bf16_train(text):
         assert parameter.grad.isfinite().all()
 
 
-def test_two_processes_train_one_model(text, tmp_path):
-    """`torch.distributed`: two ranks on two lanes each end with the model of one process on four."""
+def test_three_processes_train_one_model(text, tmp_path):
+    """`torch.distributed`: three ranks on two lanes each end with the model of one process on six."""
     run = tmp_path / "run"
 
     def launch(*options):
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pmnet",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "pmnet",
             "train", "--data", str(text), "--out", str(run), "--steps", "2", "--batch-size", "2", "--length", "24",
             "--learning-rate", "0.002", "--checkpoint-seconds", "0", *options,
         ]  # fmt: skip
@@ -257,15 +265,15 @@ def test_two_processes_train_one_model(text, tmp_path):
     for name, tensor in launch("--resume").items():
         assert torch.equal(together[name], tensor), name
 
-    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=4, length=24, learning_rate=2e-3)
-    train(plan, ByteTask(ContiguousWindows(open_files([text]), 24, 4, plan.seed)), tmp_path / "one")
-    two, one = (
+    plan = replace(RECIPES["lm"]["tiny"](), steps=2, batch_size=6, length=24, learning_rate=2e-3)
+    train(plan, ByteTask(ContiguousWindows(open_files([text]), 24, 6, plan.seed)), tmp_path / "one")
+    three, one = (
         [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (run, tmp_path / "one")
     )
-    assert [row["rate"] for row in two] == [row["rate"] for row in one]
-    for name in ("loss", "correct"):  # means over both ranks; the first step has the same weights
-        assert two[0][name] == pytest.approx(one[0][name], rel=1e-5)
+    assert [row["rate"] for row in three] == [row["rate"] for row in one]
+    for name in ("loss", "correct"):  # means over all ranks; the first step has the same weights
+        assert three[0][name] == pytest.approx(one[0][name], rel=1e-5)
     alone = weights(tmp_path / "one")
     for name, tensor in alone.items():
         assert torch.allclose(together[name], tensor, atol=1e-4), name

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .pmnet_config import PMNetConfig
 from .pmnet_model_cache import PMNetCache
+from .pmnet_ops_backend import readable
 
 _INTEGERS = (torch.int64, torch.int32)
 
@@ -17,7 +18,7 @@ def check_ids(ids: Tensor, vocab_size: int) -> None:
         raise ValueError(f"input_ids must be int64 or int32, got {ids.dtype}")
     if ids.dim() != 2 or ids.shape[1] == 0:
         raise ValueError(f"input_ids must be [batch, positions] with at least one position, got {tuple(ids.shape)}")
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel():
+    if ids.numel() and readable(ids):
         low, high = (int(x) for x in torch.aminmax(ids))
         if low < 0 or high >= vocab_size:
             raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {low if low < 0 else high}")
@@ -36,7 +37,7 @@ def check_kept(keep: int | Tensor, length: int) -> None:
     """ValueError for an index of logits beyond the `length` of them: found later, the state would have moved."""
     if not isinstance(keep, Tensor) or keep.dtype not in _INTEGERS or not keep.numel():
         return
-    if keep.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(keep):
         low, high = (int(x) for x in torch.aminmax(keep))
         if low < -length or high >= length:
             wrong = low if low < -length else high
@@ -56,7 +57,7 @@ def check_labels(labels: Tensor, vocab_size: int, ignored: int, given: torch.Siz
     if labels.dtype != torch.int64 or labels.shape != (batch, length):
         wanted = f"int64 [{batch}, {length}], one for each logit"
         raise ValueError(f"labels must be {wanted}, got {labels.dtype} {tuple(labels.shape)}")
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(labels):
         wrong = labels[(labels != ignored) & ((labels < 0) | (labels >= vocab_size))]
         if wrong.numel():
             raise ValueError(f"labels must lie in [0, {vocab_size}) or be {ignored}, got {int(wrong[0])}")
@@ -76,8 +77,10 @@ def check_sizes(layers: nn.ModuleList, anchors: nn.ParameterList, config: PMNetC
             )
 
 
-def check_packing(position_ids: Tensor | None, document_ids: Tensor | None, others: dict[str, Any]) -> None:
-    """ValueError if documents are packed and only the keywords of other kernels say where they begin."""
+def check_others(position_ids: Tensor | None, document_ids: Tensor | None, others: dict[str, Any]) -> None:
+    """ValueError if only the keywords of other kernels say where packed documents begin, or attention is asked for."""
+    if others.get("output_attentions"):
+        raise ValueError("a PMNet returns no attention weights (output_attentions)")
     told = sorted({"cu_seq_lens_q", "seq_idx"} & set(others))
     if told and position_ids is None and document_ids is None:
         raise ValueError(f"{told[0]} alone does not tell packed documents apart: give position_ids or document_ids")

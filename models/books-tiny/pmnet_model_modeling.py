@@ -24,7 +24,7 @@ from .pmnet_model_checks import (
     check_ids,
     check_kept,
     check_labels,
-    check_packing,
+    check_others,
     check_sizes,
 )
 from .pmnet_model_chunk import read_chunk
@@ -142,7 +142,7 @@ class PMNetModel(PMNetPreTrainedModel):
             ValueError: if ids are out of range, shapes do not agree, or the state is another model's.
             NotImplementedError: inside forward-mode differentiation, which the operators do not have.
         """
-        check_packing(position_ids, document_ids, kwargs)
+        check_others(position_ids, document_ids, kwargs)
         if inputs_embeds is not None and input_ids is None:
             hidden = inputs_embeds
         elif input_ids is not None and inputs_embeds is None:
@@ -178,14 +178,14 @@ class PMNetModel(PMNetPreTrainedModel):
             memory = empty_memory(self.config, hidden.shape[0], hidden.device)
         else:
             memory = past_key_values.memory
-        here = below = enter(hidden)
+        geometry, below = None, enter(hidden)
         trace = [hidden] if output_hidden_states else []
         after_memory, after_window = list(memory), []
         for i, layer in enumerate(self.layers):
             level = self.config.level_of(i)
             past = past_key_values.window[i] if past_key_values is not None and past_key_values.columns else None
-            hidden, here, below, after_memory[level], past = layer(
-                hidden, here, below, self.memory_embeddings(level), after_memory[level], past, rotary,
+            hidden, geometry, below, after_memory[level], past = layer(
+                hidden, geometry, below, self.memory_embeddings(level), after_memory[level], past, rotary,
                 chunk.window, chunk.tokens,
             )  # fmt: skip
             if past_key_values is not None:

@@ -23,7 +23,7 @@ from .pmnet_model_block import PMNetBlock, SwiGLU
 from .pmnet_ops import Int8Linear, Linear, RMSNorm
 from .pmnet_ops_backend import METHODS, plain, untouched
 
-CONFIGURED = (
+CONFIGURED = (  # in the order of `Model` in ops/native/step.cpp
     "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "sliding_window",
     "num_memory", "memory_size", "num_memory_read_heads", "phase_bits", "memory_cumsum", "num_hidden_layers",
     "memory_write_period",
@@ -142,8 +142,9 @@ def weights_of(
 
 def _sizes(values: Mapping[str, Any]) -> tuple[list[int], list[int]]:
     """Numbers in the weights of the norms and of the products, in the order of `_pointers_of`."""
-    hidden, inner, heads, kv_heads, width, _, _, size, read_heads, *_ = (values[name] for name in CONFIGURED)
-    read = read_heads * size
+    hidden, inner, width = values["hidden_size"], values["intermediate_size"], values["head_dim"]
+    heads, kv_heads, size = values["num_attention_heads"], values["num_key_value_heads"], values["memory_size"]
+    read = values["num_memory_read_heads"] * size
     return [hidden, width, width, hidden, hidden, hidden], [
         hidden * heads * width, hidden * kv_heads * width, hidden * kv_heads * width, heads * width * hidden,
         hidden * inner, hidden * inner, inner * hidden, hidden * read, 4 * size * read, read * hidden,

@@ -14,7 +14,9 @@ import re
 import torch
 from torch import Tensor
 
+from .pmnet_ops_backend import readable
 from .pmnet_ops_gather import take_rows
+from .pmnet_ops_native import check_range
 from .pmnet_ops_turns import to_radians, to_turns
 
 _NOWHERE = 2**62  # sort key of positions that belong to no segment (padding)
@@ -79,7 +81,7 @@ def phase_scan(
         position `[B, G, C]` (of the last document).
 
     Raises:
-        ValueError: if a dtype is not int32 or shapes do not agree.
+        ValueError: if a dtype is not int32, shapes do not agree or, on a CPU, a group is out of range.
     """
     _check(delta, segments, initial_state)
     plan = plan_segments(segments, initial_state.shape[1], documents, valid)
@@ -194,3 +196,5 @@ def _check(delta: Tensor, segments: Tensor, initial_state: Tensor) -> None:
         raise ValueError(
             f"phase_scan: delta {tuple(delta.shape)} and initial_state {tuple(initial_state.shape)} differ in B or C"
         )
+    if readable(segments):
+        check_range("groups", segments, initial_state.shape[1])  # beyond, they would be another row's

@@ -121,6 +121,11 @@ class PMNetConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"PMNetConfig: {name} must be a positive number, got {value!r}")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            several = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            if not all(found is None or type(found) is int for found in several):
+                raise ValueError(f"PMNetConfig: {name} must be an id, got {value!r}")
         scaling = getattr(self, "rope_scaling", None) or getattr(self, "rope_parameters", None) or {}
         if scaling.get("rope_type", scaling.get("type", "default")) != "default":
             raise ValueError(f"PMNetConfig: rotary positions cannot be rescaled, got {scaling}")

@@ -14,12 +14,11 @@ class Visit(NamedTuple):
 
     groups: Tensor  # [B, T] group to visit on this level
     field: Tensor | None  # [B, T, N, M] radians handed down from the levels above; None above the root
-    geometry: Tensor | None  # [B, T, N, 2M] what this level's reads see; None before the level's write
 
 
 def enter(hidden: Tensor) -> Visit:
     """The visit to the root of positions with hidden states `[B, T, D]`: group 0, nothing from above."""
-    return Visit(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), None, None)
+    return Visit(torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device), None)
 
 
 def hand_down(visit: Visit, weights: Tensor, state: Tensor) -> Visit:
@@ -31,4 +30,4 @@ def hand_down(visit: Visit, weights: Tensor, state: Tensor) -> Visit:
         state: of the visited group right after the position's write, radians `[B, T, N, M]`.
     """
     child = weights.shape[2] * visit.groups + weights.argmax(dim=2)
-    return Visit(child, state if visit.field is None else visit.field + state, None)
+    return Visit(child, state if visit.field is None else visit.field + state)

@@ -54,7 +54,7 @@ class MemoryWrite(nn.Module):
 
     def forward(
         self, hidden: Tensor, visit: Visit, anchors: Tensor, memory: Tensor, tokens: Tokens
-    ) -> tuple[Visit, Visit, Tensor]:
+    ) -> tuple[Tensor, Visit, Tensor]:
         """Write every position and route it to its child group.
 
         Args:
@@ -65,8 +65,8 @@ class MemoryWrite(nn.Module):
             tokens: padding and documents.
 
         Returns:
-            This level's visit for the reads, the visit to hand to the next level's write, and the memory after
-            the last position.
+            What this level's reads see, `[B, T, N, 2M]`, the visit to hand to the next level's write, and the memory
+            after the last position.
         """
         weights, raw = self.propose(hidden, visit, anchors)
         angle, memory = phase_write(
@@ -81,5 +81,4 @@ class MemoryWrite(nn.Module):
             scale_gradient=self.training,
         )
         below = hand_down(visit, weights, angle)
-        here = visit._replace(field=below.field, geometry=self.features(below.field, anchors, visit.groups))
-        return here, below, memory
+        return self.features(below.field, anchors, visit.groups), below, memory

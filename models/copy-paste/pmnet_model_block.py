@@ -39,7 +39,7 @@ class PMNetBlock(GradientCheckpointingLayer):
     def forward(
         self,
         hidden: Tensor,
-        here: Visit,
+        geometry: Tensor | None,
         below: Visit,
         anchors: Tensor,
         memory: Tensor,
@@ -47,12 +47,13 @@ class PMNetBlock(GradientCheckpointingLayer):
         rotary: tuple[Tensor, Tensor],
         window: Window,
         tokens: Tokens,
-    ) -> tuple[Tensor, Visit, Visit, Tensor, PastKeys]:
+    ) -> tuple[Tensor, Tensor | None, Visit, Tensor, PastKeys]:
         """Run the layer.
 
         Args:
             hidden: `[B, T, D]`.
-            here: visit of this level, with the geometry that reads see (ignored by a writing layer).
+            geometry: what the reads of this level see, `[B, T, N, 2M]`; of no use to a layer that writes, which makes
+                it.
             below: visit that the next write starts from.
             anchors: of this level, radians `[G, N, M]`.
             memory: of this level, int32 turns `[B, G, N, M]`.
@@ -60,12 +61,12 @@ class PMNetBlock(GradientCheckpointingLayer):
             rotary, window, tokens: the chunk's positions, what they see, padding and documents.
 
         Returns:
-            hidden, here, below, memory and past, all after the chunk.
+            hidden, geometry, below, memory and past, all after the chunk.
         """
         attended, past = self.self_attn(self.input_layernorm(hidden), rotary, window, past)
         hidden = hidden + attended
         if self.memory_write_module is not None:
-            here, below, memory = self.memory_write_module(hidden, below, anchors, memory, tokens)
-        hidden = hidden + self.memory_read_module(hidden, here.geometry)
+            geometry, below, memory = self.memory_write_module(hidden, below, anchors, memory, tokens)
+        hidden = hidden + self.memory_read_module(hidden, geometry)
         hidden = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return hidden, here, below, memory, past
+        return hidden, geometry, below, memory, past

@@ -45,7 +45,7 @@ class PMNetGenerationMixin(GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> None:
-        """Start from a PMNetCache unless the user brought one or switched caching off.
+        """Start from a PMNetCache unless the user brought one, which gets its rows repeated, or switched caching off.
 
         Documents become positions that begin again: those have a place for what is generated, and can be cut anywhere.
 
@@ -55,6 +55,7 @@ class PMNetGenerationMixin(GenerationMixin):
             ValueError: if documents and positions are given; if a state would be given again what it has read.
         """
         brought = model_kwargs.get("past_key_values")
+        rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
         if brought is not None:
             if generation_config.use_cache is False:
                 raise ValueError("generate with use_cache=False reads everything again at every step, into no state")
@@ -62,6 +63,8 @@ class PMNetGenerationMixin(GenerationMixin):
                 raise ValueError(
                     "generate with prefill_chunk_size reads everything again: a state that has read cannot be given"
                 )
+            if isinstance(brought, PMNetCache) and brought.batch_size == batch_size:  # beams, or several answers
+                brought.batch_repeat_interleave(rows // batch_size)
             brought._is_user_defined = True  # `generate` undoes no step behind it
         in_turns = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         if in_turns and (brought is not None or generation_config.return_dict_in_generate):
@@ -72,7 +75,6 @@ class PMNetGenerationMixin(GenerationMixin):
                 raise ValueError("generate takes document_ids or position_ids, not both")
             model_kwargs["position_ids"] = positions_within(changes(documents), None)
         if brought is None and generation_config.use_cache is not False:
-            rows = batch_size * max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
             given = (value.device for value in model_kwargs.values() if isinstance(value, torch.Tensor))
             device = next(given, self.device)  # the model's own says nothing where its weights are offloaded
             model_kwargs["past_key_values"] = PMNetCache(self.config, rows, device, self.dtype)

@@ -33,12 +33,8 @@ _POSITIONS = 1024  # of all rows together, in one step
 class _Model(ctypes.Structure):
     """`Model` of ops/native/step.cpp."""
 
-    _integers = (
-        "rows length hidden intermediate heads kv_heads width window slots size read_heads bits cumulative layers "
-        "period buffer offset"
-    )
     _fields_ = [
-        *((name, ctypes.c_int64) for name in _integers.split()),
+        *((name, ctypes.c_int64) for name in ("rows", "length", *CONFIGURED, "buffer", "offset")),
         ("theta", ctypes.c_double),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),

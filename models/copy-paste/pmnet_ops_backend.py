@@ -50,10 +50,12 @@ def runs_native(*tensors: Tensor | None) -> bool:
     """Whether an operator on these floats runs in C++: kernels get addresses, so every one must be float32.
 
     Raises:
-        NotImplementedError: inside forward-mode differentiation, which the operators do not have.
+        NotImplementedError: inside forward-mode differentiation or `torch.func.grad`, which the operators do not have.
     """
     if torch.autograd.forward_ad._current_level >= 0:
         raise NotImplementedError("a PMNet has no forward-mode derivative; use backward")
+    if not torch.compiler.is_compiling() and _differentiated():
+        raise NotImplementedError("torch.func.grad, and what is made of it, does not pass a PMNet; use backward")
     return (
         all(x is None or (x.device.type == "cpu" and x.dtype == torch.float32) for x in tensors)
         and _forced in ("auto", "native")
@@ -64,13 +66,23 @@ def runs_native(*tensors: Tensor | None) -> bool:
 
 def direct(*tensors: Tensor | None) -> bool:
     """Whether a kernel may be called outside of an operator: nothing differentiates, traces or wraps the tensors."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if torch.is_grad_enabled() or traced():
         return False
-    if not all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors):
-        return False
+    return all(x is None or type(x) in (Tensor, torch.nn.Parameter) for x in tensors)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of a tensor can be checked: it is on the CPU, and nothing traces or transforms it."""
+    return x.device.type == "cpu" and not traced()
+
+
+def traced() -> bool:
+    """Whether a compiler, a tracer, a fake mode or a transform of `torch.func` is at work."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return all(torch._C._get_dispatch_mode(mode) is None for mode in _TRACERS)
+        return True
+    return any(torch._C._get_dispatch_mode(mode) is not None for mode in _TRACERS)
 
 
 def plain(module: torch.nn.Module) -> bool:
@@ -101,6 +113,14 @@ def runs_triton(x: Tensor, worthwhile: bool = True) -> bool:
     if not (x.device.type == "cuda" or interpreted()):
         return False
     return _forced == "triton" or (_forced == "auto" and worthwhile and x.device.type == "cuda" and _triton_installed())
+
+
+def _differentiated() -> bool:
+    """Whether `torch.func.grad` or the like is at work, in which operators with a gradient of their own fail."""
+    if torch._C._functorch.peek_interpreter_stack() is None:
+        return False
+    levels = torch._C._functorch.get_interpreter_stack() or []
+    return any(level.key() == torch._C._functorch.TransformType.Grad for level in levels)
 
 
 @torch.compiler.assume_constant_result

@@ -75,9 +75,9 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(model: nn.Module) -> nn.Module:
-    """Replace every `Linear` inside the decoder layers by an `Int8Linear`, in place.
+    """Replace every `Linear` but the output head by an `Int8Linear`, in place.
 
-    Embedding, output head, norms and anchors stay float32. The model can no longer be trained.
+    Embedding, head, norms and anchors stay float32. The model can no longer be trained.
 
     Args:
         model: a float32 model on the CPU.
@@ -86,13 +86,18 @@ def quantize_int8(model: nn.Module) -> nn.Module:
         The same model.
 
     Raises:
-        ValueError: if a layer is not float32 on the CPU.
+        ValueError: if a layer is not float32 on the CPU; none is then replaced.
     """
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if type(child) is Linear and name != "lm_head":
-                if child.weight.dtype != torch.float32 or child.weight.device.type not in ("cpu", "meta"):
-                    raise ValueError(f"quantize_int8 needs float32 weights on the CPU, {name} has {child.weight.dtype} "
-                                     f"on {child.weight.device}")  # fmt: skip
-                setattr(parent, name, Int8Linear(child))
+    found = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is Linear and name != "lm_head"
+    ]
+    for _, name, child in found:
+        if child.weight.dtype != torch.float32 or child.weight.device.type not in ("cpu", "meta"):
+            raise ValueError(f"quantize_int8 needs float32 weights on the CPU, {name} has {child.weight.dtype} "
+                             f"on {child.weight.device}")  # fmt: skip
+    for parent, name, child in found:
+        setattr(parent, name, Int8Linear(child))
     return model.requires_grad_(False)

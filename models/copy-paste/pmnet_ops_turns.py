@@ -22,6 +22,7 @@ def to_turns(angle: Tensor, phase_bits: int = 32) -> Tensor:
         int32 turns of the same shape, modulo one turn. NaN and infinity become 0.
     """
     steps = torch.round(angle.double() * (2**phase_bits / (2 * math.pi))).nan_to_num(0.0, 0.0, 0.0)
+    steps = steps.remainder(2**phase_bits)  # exact, and within an int64 whatever the angle
     return (steps.to(torch.int64) << (32 - phase_bits)).to(torch.int32)  # int64 to int32 wraps
 
 

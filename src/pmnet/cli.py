@@ -5,13 +5,12 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
@@ -26,11 +25,12 @@ from pmnet.data.files import open_files
 from pmnet.eval.bits import bits_per_byte
 from pmnet.model import PMNetCache
 from pmnet.model.load import load_model
-from pmnet.report.console import out
+from pmnet.report.console import Meter, out
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 from pmnet.train.loop import TrainingInterrupted, TrainingStopped
 
-READ, WRITTEN = ("--data", "--from"), ("--out", "--save", "--json", "--save-state")  # options that are paths
+READ = ("--data", "--from", "--text", "--prompt-file", "--state")
+WRITTEN = ("--out", "--save", "--json", "--save-state")
 
 
 class _Commands(TyperGroup):
@@ -64,6 +64,9 @@ Model = Annotated[Path, typer.Argument(help="Folder of a model (a run's `model/`
 Int8 = Annotated[bool, typer.Option("--int8", help="Round weights to 8-bit integers: faster to generate on a CPU.")]
 
 
+_TOO_MUCH = "can't allocate memory|out of memory|Storage size calculation overflowed|[Oo]verflow when unpacking"
+
+
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     """One sentence and exit code 1 for everything a user can cause; 130 for a run stopped by a signal."""
@@ -78,7 +81,7 @@ def _plain_errors() -> Iterator[None]:
         print(f"pmnet: {' '.join(str(error).split())}", file=sys.stderr)
         raise typer.Exit(1) from error
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("can't allocate memory|out of memory", str(error)):
+        if isinstance(error, RuntimeError) and not re.search(_TOO_MUCH, str(error)):
             raise
         wanted = "smaller batches, lengths, windows or sizes need less"
         print(f"pmnet: not enough memory ({str(error).strip().splitlines()[0][:200]}); {wanted}", file=sys.stderr)
@@ -86,7 +89,7 @@ def _plain_errors() -> Iterator[None]:
 
 
 @app.callback()
-def _quiet() -> None:
+def _configure_output() -> None:
     """Phasor Memory Networks: train, measure and use language models with a writable memory."""
     if sys.stdout is None:  # closed before the start
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -111,15 +114,12 @@ def bits_command(
     if save is not None:
         prepare_folder(save.parent, save.name)
     total = sum(min(size, limit or size) for size in files.sizes)
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("reading", total=total)
-        bits, count = bits_per_byte(network, files, limit, lambda n: progress.advance(bar, n))
-    out.print(f"{bits:.4f} bits per byte over {count:,} bytes of {len(files.paths)} files")
-    if save is not None:
+    with Meter(stays=False) as meter:
+        bits, count = bits_per_byte(network, files, limit, meter.task("reading", total))
+    if save is not None:  # before anything is printed: who reads may have gone
         write_json(save, {**provenance(), "files": [str(p) for p in files.paths], "bytes": count,
                           "bits_per_byte": bits, "int8": int8, "model": network.config.to_dict()})  # fmt: skip
+    out.print(f"{bits:.4f} bits per byte over {count:,} bytes of {len(files.paths)} files")
 
 
 @app.command("data")
@@ -145,7 +145,7 @@ def generate_command(
     count: Annotated[int, typer.Option("--bytes", min=1, help="Bytes to write.")] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus of the draw.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draw.")] = 0,
     int8: Int8 = False,
     state: Annotated[Path | None, typer.Option(help="Continue this saved state, with a prompt.")] = None,
     save_state: Annotated[Path | None, typer.Option(help="Save the state afterwards.")] = None,
@@ -165,12 +165,21 @@ def generate_command(
         read = sys.stdin.buffer.read() if str(prompt_file) == "-" else prompt_file.read_bytes()
     torch.manual_seed(seed)
     text, terminal = prompt.encode("utf-8", "surrogateescape"), sys.stdout.buffer
-    terminal.write(text)
-    for byte in stream_bytes(network, read + text, cache, count, temperature, top_p):
-        terminal.write(byte)
+    with Meter(stays=False) as meter:
+        advance = meter.task("reading", len(read + text))
+        stream = stream_bytes(network, read + text, cache, count, temperature, top_p, advance)
+        first = next(stream)
+    try:
+        terminal.write(text)
+        for byte in chain([first], stream):
+            terminal.write(byte)
+            terminal.flush()
+        terminal.write(b"\n")
         terminal.flush()
-    terminal.write(b"\n")
-    terminal.flush()
+    except (OSError, KeyboardInterrupt):  # nobody reads on: what has been read is kept
+        if save_state:
+            cache.save(save_state)
+        raise
     if save_state:
         cache.save(save_state)
 

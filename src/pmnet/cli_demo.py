@@ -3,7 +3,7 @@
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import psutil
 import torch
@@ -28,12 +28,14 @@ def demo_command(
     seconds: Annotated[float, typer.Option(min=0.0, help="How long to read filler.")] = 30.0,
     least: Annotated[int, typer.Option(min=0, help="Bytes of filler to read at least.")] = 100_000,
     filler: Annotated[str, typer.Option(help="random, constant or text.")] = "random",
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
 ) -> None:
     """Remember a string across filler that attention cannot see over, live; and what is left without the memory."""
     network = load_model(model)
-    longest = (getattr(network.config, "task_specific_params", None) or {}).get("copy-paste", {}).get("size")
-    if longest is None:
+    longest: Any = getattr(network.config, "task_specific_params", None)
+    for name in ("copy-paste", "size"):
+        longest = longest.get(name) if isinstance(longest, dict) else None
+    if type(longest) is not int or longest < 1:
         raise ValueError(f"{model} was not trained on copy-paste")
     filling = Filler(filler).draw(1, 2**40, torch.Generator().manual_seed(seed))
     if string is None:

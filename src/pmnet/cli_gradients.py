@@ -29,7 +29,7 @@ NORMS = (("median", "median"), ("99 %", "p99"), ("max", "max"))
 
 Save = Annotated[Path, typer.Option(file_okay=False, writable=True, help="Folder for the JSON file and the PNG.")]
 Models = Annotated[str, typer.Option(help="pmnet and controls of its size, separated by commas.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1)]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1)]
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds.")]
 
 
@@ -51,7 +51,9 @@ def jacobian_command(
         row["model"] = network.config.to_dict()
         found.append(row | jacobian(network, positions, rows, seed) | {"seconds": time.monotonic() - started})
         curves = found[-1]["curves"]
-        ends = ", ".join(f"{label} {curve[-1]['median']} at {curve[-1]['n']:,}" for label, curve in curves.items())
+        ends = ", ".join(
+            f"{label} {_logarithm(curve[-1]['median'])} at {curve[-1]['n']:,}" for label, curve in curves.items()
+        )
         out.print(f"{name}{' (trained)' if folder else ''}: log10 of {ends}")
         write_json(save / "jacobian.json", facts | {"models": found})
     plot_jacobian(found, save / "jacobian.png")
@@ -148,6 +150,10 @@ def saturation_command(
     results = {"spread": found, "capacity": capacity(size, trials, 0), "bias": biases(size, seeds), "models": models}
     write_json(save / "saturation.json", facts | results)
     plot_saturation(results, save / "saturation.png")
+
+
+def _logarithm(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

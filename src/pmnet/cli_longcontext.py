@@ -1,20 +1,17 @@
 """`pmnet eval longcontext`."""
 
 import re
-from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from pmnet.baselines import load_any
 from pmnet.data.files import open_files
 from pmnet.eval.longcontext import POINTS, beyond, bits_by_position, modes_of, whole_books
-from pmnet.report.console import out
+from pmnet.report.console import Meter, out
 from pmnet.report.plots import plot_longcontext
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 
@@ -39,25 +36,23 @@ def longcontext_command(
     rows: list[dict[str, Any]] = []
     facts = provenance() | {
         "length": size,
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": network.num_parameters(),
         "model": network.config.to_dict(),
     }
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     points = [point for point in POINTS if point < size]
     table = Table(title=f"{model}: bits per byte, mean of {len(books)} books of {size:,} bytes")
     for title in ("state", "all", *(f"beyond {point:,}" for point in points), "word perplexity", "bytes/s"):
         table.add_column(title, justify="right")
     try:
-        with Progress(*columns, console=Console(stderr=True)) as progress:
+        with Meter() as meter:
             for mode in modes:
-                bar = progress.add_task(mode.name, total=size * len(books))
-                row = bits_by_position(network, files, size, mode, partial(progress.advance, bar))
+                advance = meter.task(mode.name, size * len(books))
+                row = bits_by_position(network, files, size, mode, advance)
                 rows.append(row)
                 far = [f"{mean(beyond(row, point)):.4f}" for point in points]
                 perplexity, speed = f"{row['word_perplexity']:.1f}", f"{row['bytes_per_second']:,.0f}"
                 table.add_row(mode.name, f"{row['total']:.4f}", *far, perplexity, speed)
-                if not progress.console.is_terminal:
-                    progress.console.print(f"{mode.name}: {row['total']:.4f} bits per byte", highlight=False)
+                meter.line(f"{mode.name}: {row['total']:.4f} bits per byte")
                 if save is not None:
                     write_json(save / "longcontext.json", facts | {"rows": rows})
     finally:  # of a measurement that was interrupted too

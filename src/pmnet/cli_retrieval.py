@@ -1,20 +1,17 @@
 """`pmnet eval retrieval` and `pmnet eval memory`."""
 
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from pmnet.baselines import load_any
 from pmnet.eval.mechanism import mechanism, problem_of
 from pmnet.eval.suite import TASKS, check_cells, controlled, grid, measure_cell
 from pmnet.model.load import load_model
-from pmnet.report.console import out
+from pmnet.report.console import Meter, out
 from pmnet.report.plots import plot_memory, plot_retrieval
 from pmnet.report.provenance import prepare_folder, provenance, write_json
 
@@ -30,7 +27,7 @@ def retrieval_command(
     text: Annotated[Path | None, typer.Option(help="File of real text to fill with.")] = None,
     strings: Annotated[int, typer.Option(min=1, help="Answers per cell.")] = 1000,
     rows: Annotated[int, typer.Option(min=1, help="Answers read at once.")] = 128,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the draw.")] = 12345,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draw.")] = 12345,
     control: Annotated[bool, typer.Option(help="Also with the recurrence off, up to 64 times the reach.")] = True,
     save: Annotated[
         Path | None,
@@ -49,7 +46,7 @@ def retrieval_command(
     title = f"{task}, {strings} answers per cell, reach {one}" + (f", string {rounds}" if rounds > 1 else "")
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)  # all eight columns in a terminal of 80
     for head in ("size", "variant", "distance", "exact", "95 %\ninterval", "per\nbyte", "memory\noff", "per\nbyte"):
-        table.add_column(head, justify="right", no_wrap=True)
+        table.add_column(head, justify="right", overflow="fold")
     facts = provenance() | {
         "task": task,
         "seed": seed,
@@ -57,21 +54,20 @@ def retrieval_command(
         "reach": one,
         "rounds": rounds,
         "text": None if text is None else str(text),
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": network.num_parameters(),
         "model": network.config.to_dict(),
     }
     done: list[dict[str, Any]] = []
     try:
-        with _progress() as progress:
+        with Meter() as meter:
             for cell in cells:
                 passes = 2 if control and controlled(network, cell) else 1
                 label = f"{cell.size} {cell.variant} {cell.distance:,.12g}"
-                bar = progress.add_task(label, total=cell.length * strings * passes)
-                row = measure_cell(network, cell, strings, seed, rows, control, partial(progress.advance, bar))
+                advance = meter.task(label, cell.length * strings * passes)
+                row = measure_cell(network, cell, strings, seed, rows, control, advance)
                 done.append(row)
                 table.add_row(*_shown(row))
-                if not progress.console.is_terminal:
-                    progress.console.print("  ".join(_shown(row)), highlight=False)
+                meter.line("  ".join(_shown(row)))
                 if save is not None:
                     write_json(save / f"{task}.json", facts | {"cells": done})
     finally:  # of a measurement that was interrupted too
@@ -88,7 +84,7 @@ def memory_command(
     gap: Annotated[int | None, typer.Option(min=1, help="Filler; by default 8 times the reach.")] = None,
     strings: Annotated[int, typer.Option(min=1)] = 500,
     drift: Annotated[int, typer.Option(min=1, help="Bytes of filler to stream for the drift of the state.")] = 100_000,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 12345,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 12345,
     save: Annotated[
         Path | None, typer.Option(file_okay=False, writable=True, help="Folder for memory.json and memory.png.")
     ] = None,
@@ -99,13 +95,12 @@ def memory_command(
     problem_of(network, size, gap)  # before there is a folder
     if save is not None:
         prepare_folder(save, "memory.json", "memory.png")
-    with _progress() as progress:
-        bar = progress.add_task("reading", total=None)
-
-        def advance(count: int, total: int) -> None:
-            progress.update(bar, advance=count, total=total)
-
-        found = mechanism(network, size, gap, strings, drift, seed, advance)
+    with Meter() as meter:
+        found = mechanism(network, size, gap, strings, drift, seed, meter.task("reading"))
+    if save is not None:  # before anything is printed: who reads may have gone
+        facts = provenance() | {"seed": seed, "size": size, "gap": gap, "strings": strings}
+        write_json(save / "memory.json", facts | {"model": network.config.to_dict()} | found)
+        plot_memory(found, save / "memory.png")
     table = Table(title=f"the memory of {model}, strings of {size}")
     for title in ("level", "groups visited", "|theta| letters", "filler", "turned by letters", "filler", "same group"):
         table.add_column(title, justify="right")
@@ -124,15 +119,7 @@ def memory_command(
         what = "the whole model" if name == "nothing" else f"without {name}"
         out.print(f"{what}: {right['exact']:.1%} exact, {right['letters']:.1%} of bytes")
     if save is not None:
-        facts = provenance() | {"seed": seed, "size": size, "gap": gap, "strings": strings}
-        write_json(save / "memory.json", facts | {"model": network.config.to_dict()} | found)
-        plot_memory(found, save / "memory.png")
         out.print(f"saved {save / 'memory.json'} and {save / 'memory.png'}", soft_wrap=True)
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True))
 
 
 def _parts(option: str, text: str) -> list[str]:

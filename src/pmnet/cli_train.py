@@ -120,12 +120,12 @@ def train_command(
             source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
         if main:
             done = 0 if found is None else step_of(found)
-            out.print(cost_line(recipe, processes, done))
+            out.print(cost_line(recipe, processes, done), soft_wrap=True)
     else:
         source = build_ladder(task, recipe, processes)
     if main and recipe.steps <= recipe.warmup:
         out.print(f"{recipe.steps} steps end within the warm-up of {recipe.warmup}: "
-                  f"the learning rate never reaches {recipe.learning_rate:g}")  # fmt: skip
+                  f"the learning rate never reaches {recipe.learning_rate:g}", soft_wrap=True)  # fmt: skip
     _keep_freed_memory()
     facts = {**provenance(), "task": task, "preset": name, "architecture": architecture}
     facts |= {"recipe": recipe.facts(), "model": recipe.model.to_dict()}
@@ -154,7 +154,8 @@ def _record(path: Path, facts: dict[str, Any], resume: bool) -> None:
     if resume:
         part = {key: facts[key] for key in ("command", "date", "commit", "versions", "machine")}
         first = json.loads(path.read_text()) if is_record(path) else facts | dict.fromkeys(part)
-        facts = first | {"resumed": [*(first.get("resumed") or []), part]}
+        before = first.get("resumed")
+        facts = first | {"resumed": [*(before if isinstance(before, list) else []), part]}
     write_json(path, facts)
 
 

@@ -55,10 +55,13 @@ class Carry:
                 a sliding-window Transformer, which leave by themselves.)
             model: what to call, if the model has been wrapped.
         """
-        call = model or self.model
         if restart is not None and (self.columns == 0 or not bool(restart.any())):
             restart = None
+        logits = self._read(ids, restart, model or self.model)
         self.columns += ids.shape[1]
+        return logits
+
+    def _read(self, ids: Tensor, restart: Tensor | None, call: Callable[..., Any]) -> Tensor:
         if isinstance(self.cache, PMNetCache):
             positions = None
             if restart is not None:

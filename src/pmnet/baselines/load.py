@@ -3,11 +3,9 @@
 import json
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pmnet.model.load import check_weights, first_line, load_model
+from pmnet.model.load import LOADING_ERRORS, check_weights, first_line, load_model
 
 OTHERS = ("mistral", "llama", "mamba", "mamba2", "pmnet-lstm", "pmnet-ntm", "pmnet-variant")
 
@@ -29,7 +27,7 @@ def load_any(folder: Path) -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, ignore_mismatched_sizes=True
         )
-    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, StrictDataclassError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"{folder} is not a complete {kind} model: {first_line(error)}") from error
     check_weights(folder, model, report)
     return model.eval()

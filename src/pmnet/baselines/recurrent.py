@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
-class RecurrentForCausalLM(PreTrainedModel, GenerationMixin):
-    """A recurrence of D to D numbers as a byte-level language model. It keeps no state between calls.
+class RecurrentForCausalLM(PreTrainedModel):
+    """A recurrence of D to D numbers as a byte-level language model. It keeps no state between calls: no `generate`.
 
     A subclass makes its modules and calls `post_init`.
 

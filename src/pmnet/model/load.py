@@ -4,12 +4,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from pmnet.config import PMNetConfig
 from pmnet.model.modeling import PMNetForCausalLM
 from pmnet.ops import quantize_int8
+
+# what `from_pretrained` raises: about files, fields of a configuration, and libraries that one of them asks for
+LOADING_ERRORS = (
+    SafetensorError, RuntimeError, ValueError, TypeError, OSError, AttributeError, ImportError, StrictDataclassError
+)  # fmt: skip
 
 
 def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
@@ -31,11 +37,12 @@ def load_model(folder: Path, int8: bool = False) -> PMNetForCausalLM:
         if kind != PMNetConfig.model_type:
             raise ValueError(f"model_type is {kind!r}, not {PMNetConfig.model_type!r}")
         config = PMNetConfig.from_pretrained(folder)
+        config.return_dict = True  # outputs are asked for by name here
         model, report = PMNetForCausalLM.from_pretrained(
             folder, config=config, output_loading_info=True, use_safetensors=True, local_files_only=True,
             ignore_mismatched_sizes=True,  # so that they are named below
         )  # fmt: skip
-    except (SafetensorError, RuntimeError, ValueError, TypeError, OSError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise ValueError(f"{folder} is not a complete PMNet model: {first_line(error)}") from error
     check_weights(folder, model, report)
     if int8:

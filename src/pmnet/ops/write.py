@@ -50,8 +50,10 @@ def phase_write(
         its segment is the identity, so the backward is a reverse segmented sum.
 
     Raises:
-        ValueError: if shapes or dtypes do not agree.
+        ValueError: if shapes or dtypes do not agree, `phase_bits` is out of range, or, on a CPU, a group is.
     """
+    if not 1 <= phase_bits <= 32:
+        raise ValueError(f"phase_write: phase_bits must be from 1 to 32, got {phase_bits}")
     expected = (weights.shape[0], memory.shape[1], weights.shape[2], raw.shape[-1])
     if raw.shape[:2] != weights.shape[:2] or groups.shape != weights.shape[:2] or memory.shape != expected:
         raise ValueError(

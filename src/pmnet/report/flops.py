@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pmnet.config import PMNetConfig
@@ -222,14 +223,21 @@ def tables(config: PMNetConfig, length: int | None = None) -> list[Table]:
     """The counts of `facts` to look at: one table of parts, one of decoding."""
     counted = facts(config, length)
     where = "any length, W keys" if length is None else f"T = {length:,}"
-    work = Table(title=f"per position, forward, all layers together ({where})")
-    titles = ("part", "layers", "weights MB", "published MFLOP", "ours MFLOP", "published functions", "ours functions")
+    work = Table(
+        title=f"per position, forward, all layers together ({where})",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    titles = (
+        "part", "layers", "weights\nMB", "paper's\nMFLOP", "ours\nMFLOP", "paper's\nfunct.", "ours\nfunct."
+    )  # fmt: skip
     for title in titles:
         work.add_column(title, justify="left" if title == "part" else "right", no_wrap=title == "part")
 
     def row(name: str, layers: str, weights: int, work_of: dict[str, int], functions: dict[str, int] | None) -> None:
         calls = [f"{functions[who]:,}" if functions else "" for who in ("published", "ours")]
-        figures = [f"{work_of[who] / 1e6:,.3f}" for who in ("published", "ours")]
+        figures = [f"{work_of[who] / 1e6:,.2f}" for who in ("published", "ours")]
         work.add_row(name, layers, f"{weights / 1e6:,.2f}" if weights else "", *figures, *calls)
 
     for part in counted["parts"]:

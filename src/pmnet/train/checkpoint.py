@@ -51,6 +51,7 @@ def save_checkpoint(
         OSError: if the disk is full or not writable; earlier checkpoints are then untouched.
     """
     target = run / "checkpoints" / f"step-{step}"
+    target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
         model.save_pretrained(partial)
         tensors = {"random": torch.get_rng_state()}
@@ -63,7 +64,7 @@ def save_checkpoint(
                 save_file(plain, partial / f"{name}.safetensors")
         text = json.dumps({"step": step, "schedules": schedules} | facts, indent=1)
         (partial / "trainer.json").write_text(text)
-    left = (run / "checkpoints").glob("*.partial")  # of a process that was killed
+    left = (run / "checkpoints").glob(".step-*")  # of a process that was killed
     for old in (*left, *(folder for _, folder in _complete(run)[:-keep])):
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -75,6 +76,7 @@ def save_model(model: PreTrainedModel, target: Path) -> None:
     Raises:
         OSError: if the disk is full or not writable; what was there before is then untouched.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
         model.save_pretrained(partial)
         ByteTokenizer().save_pretrained(partial)
@@ -209,11 +211,14 @@ def load_checkpoint(
         _check_moments(folder, number, optimizer, state)
     if random.dtype != torch.uint8 or random.shape != torch.get_rng_state().shape:
         raise ValueError(f"checkpoint {folder} is damaged: its random state has {list(random.shape)} {random.dtype}")
+    try:
+        torch.set_rng_state(random)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {error}") from error
     model.load_state_dict(weights, strict=False)
     model.tie_weights()
     for optimizer, state in zip(optimizers, moments, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(random)
     return schedules, facts
 
 

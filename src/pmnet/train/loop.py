@@ -3,6 +3,7 @@
 import math
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -28,6 +29,7 @@ from pmnet.train.checkpoint import (
     save_checkpoint,
     save_model,
     starting_point,
+    step_of,
 )
 from pmnet.train.optimizers import build_optimizers, build_schedule
 from pmnet.train.progress import Reporter
@@ -71,7 +73,11 @@ def train(
     found = starting_point(run, resume, plan)
     set_seed(recipe.seed)
     AcceleratorState._reset_state()  # a run before, in this process, may have had another precision
-    accelerator = Accelerator(mixed_precision=recipe.precision, cpu=not torch.cuda.is_available())
+    # gradients are added up in the order in which the model made them, in the first step of a resumed run as in others
+    order = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision, cpu=not torch.cuda.is_available(), kwargs_handlers=[order]
+    )
     model = _initial_model(recipe)
     optimizers = build_optimizers(model, recipe)
     schedules = [build_schedule(optimizer, recipe) for optimizer in optimizers]
@@ -94,10 +100,10 @@ def train(
             save_checkpoint(run, step, model, optimizers, states, facts, state)
 
     run.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        started()
     reporter, saved = Reporter(run, recipe.steps, done, accelerator.is_main_process), time.monotonic()
     try:
+        if accelerator.is_main_process:
+            started()
         with _signals() as received, matrix_scan(model), _repeatable(accelerator.device.type == "cpu"):
             for step in range(done + 1, recipe.steps + 1):
                 index = (step - 1) * accelerator.num_processes + accelerator.process_index
@@ -134,7 +140,8 @@ def train(
         # interpreter held, which can be for ever
         time.sleep(0.2)
     accelerator.end_training()
-    return model.eval()
+    trained: PreTrainedModel = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)  # without autocast
+    return trained.eval()
 
 
 def _initial_model(recipe: Recipe) -> PreTrainedModel:
@@ -194,15 +201,19 @@ def _restore(
 ) -> tuple[int, int]:
     """Put everything back as it was in the checkpoint `found`; the numbers of steps done and of bytes seen."""
     states, facts = load_checkpoint(found, model, optimizers)
-    for optimizer, schedule, state in zip(optimizers, schedules, states, strict=True):
-        schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
-        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
-            group["lr"] = rate
     try:
+        for optimizer, schedule, state in zip(optimizers, schedules, states, strict=True):
+            schedule.load_state_dict(state | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+            for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
         task.restore(facts["task"])
         done = int(facts["step"]), int(facts["bytes"])
-    except (KeyError, TypeError) as error:
+    except KeyError as error:
         raise ValueError(f"checkpoint {found} is damaged: trainer.json lacks {error}") from error
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"checkpoint {found} is damaged: trainer.json ({error})") from error
+    if done[0] != step_of(found):
+        raise ValueError(f"checkpoint {found} is damaged: trainer.json is of step {done[0]}")
     return done
 
 
@@ -246,24 +257,32 @@ def loss_of(model: PreTrainedModel, batch: Batch, carry: Carry | None = None) ->
 
 @contextmanager
 def _repeatable(on: bool) -> Iterator[None]:
-    """Every sum in one order, so that a resumed run repeats it; fresh memory is not filled: it only shows faults."""
+    """Every sum in one order, so that a resumed run repeats it; fresh memory is not filled: it only shows faults.
+
+    Off, everything stays as the caller has it.
+    """
     settings: Any = torch.utils.deterministic
-    filled, settings.fill_uninitialized_memory = settings.fill_uninitialized_memory, False
-    torch.use_deterministic_algorithms(on)
+    filled, before = settings.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    if on:
+        settings.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
         settings.fill_uninitialized_memory = filled
+        torch.set_deterministic_debug_mode(before)
 
 
 @contextmanager
 def _signals() -> Iterator[list[str]]:
     """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one of them acts at once.
 
-    A signal that was ignored (as by `nohup`) stays so.
+    A signal that was ignored (as by `nohup`) stays so. Threads other than the main one hear none.
     """
     received: list[str] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)

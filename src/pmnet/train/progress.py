@@ -94,7 +94,8 @@ def _lines(path: Path, done: int) -> list[str]:
         ValueError: if a line is not one of ours.
     """
     kept = []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], 1):
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
         try:
             if line.endswith("}") and json.loads(line)["step"] <= done:
                 kept.append(line)
