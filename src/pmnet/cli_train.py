@@ -67,18 +67,13 @@ def train_command(
     resume: Annotated[bool, typer.Option(help="Continue the newest checkpoint of the run folder.")] = False,
 ) -> None:
     """Train a model; Ctrl-C stops after a checkpoint, --resume continues to the same bits."""
-    recipes = RECIPES.get(task)
-    if recipes is None:
-        raise ValueError(f"unknown task {task!r}; there are {', '.join(RECIPES)}")
-    name = preset or next(iter(recipes))
-    if name not in recipes:
-        raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
+    name, recipe = _preset(task, preset)
     changes: dict[str, Any] = {
         "steps": steps, "batch_size": batch_size, "length": length, "carry": carry, "piece": piece, "size": size,
         "rounds": rounds, "practice": practice, "quiet": quiet, "learning_rate": learning_rate, "clip": clip,
         "seed": seed, "precision": precision, "compile": compile, "checkpoint_seconds": checkpoint_seconds,
     }  # fmt: skip
-    recipe = replace(recipes[name](), **{key: value for key, value in changes.items() if value is not None})
+    recipe = replace(recipe, **{key: value for key, value in changes.items() if value is not None})
     if recipe.practice is not None:  # copy-paste beyond the reach of the preset's PMNet, for its controls too
         recipe = replace(recipe, gap=recipe.model.receptive_field)
     if recipe.finish and start is None:
@@ -96,33 +91,22 @@ def train_command(
         if compile:
             raise ValueError(f"--compile cannot trace {architecture}: leave it out")
         recipe = replace(recipe, compile=False)
-    if task == "lm" and size is not None and practice is None:
-        raise ValueError("--size is for tasks, and for lm with --practice")
     if recipe.quiet and (task != "copy-paste" or getattr(recipe.model, "num_levels", 1) < 2):
         raise ValueError(f"--quiet is for copy-paste and a PMNet of several levels, not for {architecture} on {task}")
-    if task != "lm" and data:
-        raise ValueError(f"--data is for lm, {task} makes its own")
+    if task == "lm" and size is not None and practice is None:
+        raise ValueError("--size is for tasks, and for lm with --practice")
     if task != "lm" and (carry, length, piece, practice, workers) != (None, None, None, None, 0):
         raise ValueError(f"--carry, --length, --piece, --practice and --workers are for lm, not for {task}")
+    if task != "lm" and data:
+        raise ValueError(f"--data is for lm, {task} makes its own")
     if task != "lm" or recipe.practice is not None:
         learned = "copy-paste" if task == "lm" else task
         recipe.model.task_specific_params = {learned: {"size": recipe.size, "gap": recipe.gap}}
     found = starting_point(run, resume, recipe.plan())  # before the cost is measured
     main, processes = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1"))
-    source: Task
-    if task == "lm":
-        if not data:
-            raise ValueError("training a language model needs --data FILE_OR_FOLDER")
-        source = _byte_task(data, recipe, workers, processes)
-        if any(run.resolve().is_relative_to(path.resolve()) for path in data):
-            raise ValueError(f"the run folder {run} lies in the data: its files would be read; choose another --out")
-        if recipe.practice is not None:
-            source = Practice(source, _practised(recipe, processes), recipe.practice, processes)
-        if main:
-            done = 0 if found is None else step_of(found)
-            out.print(cost_line(recipe, processes, done), soft_wrap=True)
-    else:
-        source = build_ladder(task, recipe, processes)
+    source = _source(task, data or [], recipe, run, workers, processes)
+    if main and task == "lm":
+        out.print(cost_line(recipe, processes, 0 if found is None else step_of(found)), soft_wrap=True)
     if main and recipe.steps <= recipe.warmup:
         out.print(f"{recipe.steps} steps end within the warm-up of {recipe.warmup}: "
                   f"the learning rate never reaches {recipe.learning_rate:g}", soft_wrap=True)  # fmt: skip
@@ -157,6 +141,17 @@ def _record(path: Path, facts: dict[str, Any], resume: bool) -> None:
         before = first.get("resumed")
         facts = first | {"resumed": [*(before if isinstance(before, list) else []), part]}
     write_json(path, facts)
+
+
+def _preset(task: str, preset: str | None) -> tuple[str, Recipe]:
+    """Name and recipe of a preset; the first of the task where none is named."""
+    recipes = RECIPES.get(task)
+    if recipes is None:
+        raise ValueError(f"unknown task {task!r}; there are {', '.join(RECIPES)}")
+    name = preset or next(iter(recipes))
+    if name not in recipes:
+        raise ValueError(f"unknown preset {name!r} for {task}; there are {', '.join(recipes)}")
+    return name, recipes[name]()
 
 
 def _fresh(
@@ -206,6 +201,20 @@ def _changed(recipe: Recipe, window: int | None, slots: int | None, phase_bits: 
         model.sliding_window = window
         recipe = replace(recipe, gap=model.receptive_field)
     return recipe
+
+
+def _source(task: str, data: list[Path], recipe: Recipe, run: Path, workers: int, processes: int) -> Task:
+    """What is trained on: files, with practice in between, or the ladder of a task."""
+    if task != "lm":
+        return build_ladder(task, recipe, processes)
+    if not data:
+        raise ValueError("training a language model needs --data FILE_OR_FOLDER")
+    files = _byte_task(data, recipe, workers, processes)
+    if any(run.resolve().is_relative_to(path.resolve()) for path in data):
+        raise ValueError(f"the run folder {run} lies in the data: its files would be read; choose another --out")
+    if recipe.practice is None:
+        return files
+    return Practice(files, _practised(recipe, processes), recipe.practice, processes)
 
 
 def _byte_task(data: list[Path], recipe: Recipe, workers: int, processes: int) -> ByteTask:
