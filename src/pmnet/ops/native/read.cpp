@@ -81,44 +81,72 @@ static void read_few(const float* query, const float* geometry, const Weight& w,
     linear(of_heads.data(), heads, positions);
 }
 
+// Weights of the read, packed: keys of some heads at a time, values of each head.
+struct ReadWeights {
+    int64_t slots, heads, size, together;  // heads whose keys are computed at a time
+    std::vector<std::unique_ptr<Packed>> keys, values;
+
+    ReadWeights(const Weight& w, bool with_values, int64_t slots, int64_t heads, int64_t size) : slots(slots), heads(heads), size(size) {
+        together = size >= 512 ? 1 : 512 / size < heads ? 512 / size : heads;
+        for (int64_t r = 0; r < heads; r += together)
+            keys.emplace_back(new Packed(part_of(w, r * size, (heads - r < together ? heads - r : together) * size)));
+        for (int64_t r = 0; with_values && r < heads; r++) values.emplace_back(new Packed(part_of(w, (heads + r) * size, size)));
+    }
+};
+
+// What one thread reads blocks of at most `block` positions with.
+struct Reader {
+    const ReadWeights& w;
+    int64_t block, width, wide, ld;  // floats of a slot's geometry, of all heads, of the keys of a row
+    Distinct distinct;
+    Floats keys, mixed, lines;
+
+    Reader(const ReadWeights& w, int64_t block, int64_t span)
+        : w(w), block(block), width(2 * w.size), wide(w.heads * w.size), ld(w.together * w.size), keys(block * w.slots * ld), mixed(span * width),
+          lines(block * w.slots * (pass_of(width) + LANES)) {}
+
+    // Positions from the first one on, `most` of them or as many as have room; returns how many it were. values may be null.
+    int64_t read(const float* query, const float* geometry, float* slot_weights, float* values, int64_t most) {
+        int64_t count = distinct.find(geometry, most, w.slots, width, block * w.slots);
+        for (int64_t r = 0; r < w.heads; r++) {
+            if (r % w.together == 0) make_keys(*w.keys[r / w.together]);
+            for (int64_t t = 0; t < count; t++) {
+                float* a = slot_weights + t * w.slots * w.heads + r;
+                address(query + t * wide + r * w.size, t, r % w.together * w.size, a);
+                if (values) mix_head(a, w.heads, geometry + t * w.slots * width, w.slots, width, mixed.data() + t * width);
+            }
+            if (values) w.values[r]->apply([&](int64_t i) { return mixed.data() + i * width; }, values + r * w.size, wide, count, lines.data());
+        }
+        return count;
+    }
+
+   private:
+    void make_keys(Packed& weights) {
+        int64_t rows = distinct.rows.size();
+        weights.apply([&](int64_t i) { return distinct.rows[i]; }, keys.data(), ld, rows, lines.data());
+        for (int64_t i = 0; i < rows * ld; i += LANES) store(&keys.data()[i], tanh(load(&keys.data()[i], rows * ld - i)), rows * ld - i);
+    }
+    void address(const float* query, int64_t t, int64_t from, float* a) {
+        const int64_t* row = &distinct.of[t * w.slots];
+        auto key = [&](int64_t n, int64_t m, int64_t left) { return load(&keys.data()[row[n] * ld + from + m], left); };
+        address_head(query, key, w.slots, w.size, a, w.heads);
+    }
+};
+
 void read_slots(const float* query, const float* geometry, const Weight& w, float* slot_weights, float* values, int64_t positions, int64_t slots,
                 int64_t heads, int64_t size) {
     if (positions < FEW) return read_few(query, geometry, w, slot_weights, values, positions, slots, heads, size);
-    int64_t wide = heads * size, width = 2 * size, block = ROW_BLOCK / slots > 8 ? ROW_BLOCK / slots : 8;
+    int64_t wide = heads * size, block = ROW_BLOCK / slots > 8 ? ROW_BLOCK / slots : 8;
     int64_t span = (32 + block - 1) / block * block;  // positions of one thread's turn
-    int64_t together = size >= 512 ? 1 : 512 / size < heads ? 512 / size : heads;  // heads whose keys are computed at a time
-    std::vector<std::unique_ptr<Packed>> keys_of, values_of;
-    for (int64_t r = 0; r < heads; r += together)
-        keys_of.emplace_back(new Packed(part_of(w, r * size, (heads - r < together ? heads - r : together) * size)));
-    for (int64_t r = 0; values && r < heads; r++) values_of.emplace_back(new Packed(part_of(w, wide + r * size, size)));
+    ReadWeights packed(w, values, slots, heads, size);
 #pragma omp parallel
     {
-        Floats keys(block * slots * together * size), mixed(span * width), lines(block * slots * (pass_of(width) + LANES));
-        Distinct distinct;
+        Reader reader(packed, block, span);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t first = 0; first < positions; first += span) {
-            int64_t end = positions - first < span ? positions : first + span, count;
-            for (int64_t start = first; start < end; start += count) {
-                const float* geo = geometry + start * slots * width;
-                count = distinct.find(geo, end - start, slots, width, block * slots);
-                for (int64_t r = 0; r < heads; r++) {
-                    int64_t at = r % together, ld = together * size, rows = distinct.rows.size();
-                    if (at == 0) {
-                        keys_of[r / together]->apply([&](int64_t i) { return distinct.rows[i]; }, keys.data(), ld, rows, lines.data());
-                        for (int64_t i = 0; i < rows * ld; i += LANES) store(&keys.data()[i], tanh(load(&keys.data()[i], rows * ld - i)), rows * ld - i);
-                    }
-                    for (int64_t t = 0; t < count; t++) {
-                        float* a = slot_weights + (start + t) * slots * heads + r;
-                        const int64_t* row = &distinct.of[t * slots];
-                        auto key = [&](int64_t n, int64_t m, int64_t left) { return load(&keys.data()[row[n] * ld + at * size + m], left); };
-                        address_head(query + (start + t) * wide + r * size, key, slots, size, a, heads);
-                        if (values) mix_head(a, heads, geo + t * slots * width, slots, width, mixed.data() + t * width);
-                    }
-                    if (values)
-                        values_of[r]->apply([&](int64_t i) { return mixed.data() + i * width; }, values + start * wide + r * size, wide, count, lines.data());
-                }
-            }
-        }
+        for (int64_t first = 0; first < positions; first += span)
+            for (int64_t t = first, end = positions - first < span ? positions : first + span; t < end;)
+                t += reader.read(query + t * wide, geometry + t * slots * 2 * size, slot_weights + t * slots * heads,
+                                 values ? values + t * wide : nullptr, end - t);
     }
 }
 
