@@ -14,19 +14,18 @@ out = Console(markup=False, emoji=False, highlight=False)
 
 
 class Meter:
-    """How far a measurement is, on standard error: bars on a terminal, elsewhere a line every ten seconds.
+    """How many bytes a measurement has read, on standard error: bars on a terminal, elsewhere a line every ten seconds.
 
     Args:
-        unit: what is counted.
         stays: whether the bars stay on the terminal.
     """
 
-    def __init__(self, unit: str = "bytes", stays: bool = True):
+    def __init__(self, stays: bool = True):
         console = Console(stderr=True, markup=False, emoji=False, highlight=False)
         columns = (TextColumn("{task.description}"), BarColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self.quiet = not console.is_terminal
         self.bars = Progress(*columns, console=console, transient=not stays, disable=self.quiet)
-        self.unit, self.spoken = unit, time.monotonic()
+        self.spoken = time.monotonic()
 
     def __enter__(self) -> "Meter":
         """Show the bars."""
@@ -53,5 +52,5 @@ class Meter:
             self.spoken, task = time.monotonic(), self.bars.tasks[bar]
             whole = "" if task.total is None else f" of {task.total:,.0f}"
             left = "" if task.time_remaining is None else f"  left {task.time_remaining:.0f} s"
-            rate = f"  {task.speed or 0:,.0f} {self.unit}/s"
-            self.line(f"{task.description}: {task.completed:,.0f}{whole} {self.unit}{rate}{left}")
+            rate = f"  {task.speed or 0:,.0f} bytes/s"
+            self.line(f"{task.description}: {task.completed:,.0f}{whole} bytes{rate}{left}")
