@@ -129,7 +129,7 @@ def test_bad_grids_are_named(model):
     for distance in ("far", "inf", "nanx", "-4"):
         fails([*start, "--distances", distance], f"not '{distance}'")
     fails(["eval", "memory", model, "--gap", "16"], "within the reach")
-    fails([*start, "--task", "recall", "--sizes", "300", "--variants", "1"], "255 pairs")
+    fails([*start, "--task", "recall", "--sizes", "300", "--variants", "1"], "127 pairs")
     fails(["eval", "gradients", "saturation", "/nowhere"], "/nowhere")
     fails(["eval", "gradients", "training", "--lengths", "0"], "--lengths", "from 20 to")
     fails([*start, "--variants", "text", "--text", "/nowhere"], "no file at /nowhere")

@@ -87,6 +87,7 @@ def test_recall_begins_with_one_pair_of_few_symbols_asked_anywhere():
     ladder = build_ladder("recall", replace(RECIPES["recall"]["demo"](), size=4))
     found = [(stage.pairs, stage.symbols) for stage in ladder.stages]
     assert found == [(1, 4), (1, 16), (1, 64), (1, None), (2, 4), (2, 16), (2, 64), (2, None), (3, None), (4, None)]
+    assert [stage.mixed for stage in ladder.stages] == [True] * 8 + [False] * 2
     assert {stage.power for stage in ladder.stages} == {1.0}
     assert [(part.problem.pairs, part.problem.power) for part in ladder.mixture] == [
         (3, 0.01), (3, 1.0), (4, 0.01), (4, 1.0),

@@ -146,8 +146,10 @@ def test_recall_is_what_it_says(length, pairs, width):
     first = []
     for row, mask in zip(ids.numpy(), scored.numpy(), strict=True):
         symbols, asked = row.reshape(-1, width), mask.reshape(-1, width).all(1)
-        known = dict(zip(map(bytes, symbols[: 2 * pairs : 2]), map(bytes, symbols[1 : 2 * pairs : 2]), strict=True))
-        assert len(known) == pairs
+        keys, values = (list(map(bytes, symbols[start : 2 * pairs : 2])) for start in (0, 1))
+        assert len({*keys, *values}) == 2 * pairs
+        assert max(keys) < min(values)  # a symbol tells what it is
+        known = dict(zip(keys, values, strict=True))
         where = np.flatnonzero(asked)
         assert len(where) == pairs
         assert {bytes(symbols[i - 1]): bytes(symbols[i]) for i in where} == known
@@ -159,9 +161,19 @@ def test_recall_is_what_it_says(length, pairs, width):
         assert np.mean(first) < 2 * pairs + slots  # most questions come early
 
 
+def test_recall_of_mixed_symbols_does_not_tell_keys_from_values():
+    ids, _ = drawn(Recall(64, 2, symbols=4, mixed=True), rows=400).dense()
+    keys, values = ids[:, :4:2], ids[:, 1:4:2]
+    assert set(keys.flatten().tolist()) == set(values.flatten().tolist()) == {1, 2, 3, 4}
+    assert (keys[:, 0] != keys[:, 1]).all()
+    assert 50 < (values[:, 0] == values[:, 1]).sum() < 150
+    assert set(drawn(Recall(64, 2, mixed=True), rows=2000).dense()[0][:, :4].flatten().tolist()) == {*range(1, 256)}
+
+
 def test_recall_among_few_symbols_is_asked_anywhere():
     ids, scored = drawn(Recall(64, 2, power=1.0, symbols=4), rows=400).dense()
-    assert set(ids[:, :4].flatten().tolist()) == {1, 2, 3, 4}
+    assert set(ids[:, :4:2].flatten().tolist()) == {1, 2, 3, 4}
+    assert set(ids[:, 1:4:2].flatten().tolist()) == {128, 129, 130, 131}
     where = scored.nonzero()[:, 1].float()
     assert 30 < where.mean() < 38  # of columns 5 to 63
 
@@ -214,7 +226,8 @@ def test_what_cannot_be_drawn_is_refused():
         (lambda: Recall(64, 20), "no room"),
         (lambda: Recall(2048, 256, 1), "no room"),
         (lambda: Recall(64, 5, symbols=4), "no room"),
-        (lambda: Recall(64, 2, symbols=256), "no room"),
+        (lambda: Recall(64, 2, symbols=128), "no room"),
+        (lambda: Recall(64, 2, symbols=256, mixed=True), "no room"),
         (lambda: Lookup((3, 9)), "no room"),
         (lambda: Lookup((9, 9), key="middle"), "'middle'"),
         (lambda: drawn(Needle(60)), "60 bytes are too few"),

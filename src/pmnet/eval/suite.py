@@ -95,7 +95,7 @@ def grid(
         rounds: strings of an episode, the last of which is scored (copy-paste).
 
     Returns:
-        Cells, distances innermost. One-byte recall of more than 255 pairs is left out, and needles that have no depth
+        Cells, distances innermost. One-byte recall of more than 127 pairs is left out, and needles that have no depth
         are measured once.
 
     Raises:
@@ -119,7 +119,7 @@ def grid(
     cells = []
     for variant in variants or plan.variants:
         for size in sizes or plan.sizes:
-            if task == "recall" and variant == "1" and size > 255:
+            if task == "recall" and variant == "1" and size > Recall().most:
                 continue
             places = sorted({_distance(part, task, reach) for part in distances or plan.distances})
             for distance in places[:1] if variant in WITHOUT_DEPTH else places:
@@ -133,7 +133,9 @@ def grid(
                     raise ValueError(f"--sizes {size}{several}, variant {variant}: {error}") from error
                 cells.append(Cell(problem, size, variant, distance, length))
     if not cells:
-        raise ValueError(f"--sizes {min(sizes)}: recall with one-byte symbols (variant 1) has at most 255 pairs")
+        raise ValueError(
+            f"--sizes {min(sizes)}: recall with one-byte symbols (variant 1) has at most {Recall().most} pairs"
+        )
     return cells
 
 

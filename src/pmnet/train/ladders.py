@@ -63,15 +63,15 @@ def selective_copy(recipe: Recipe) -> Curriculum:
 def recall(recipe: Recipe) -> Curriculum:
     """Up to `recipe.size` pairs in sixteen times as many symbols, from 64 to 256 (or four times the pairs).
 
-    One pair and then two begin with alphabets of 4, 16 and 64 symbols. Questions stand anywhere: those that attention
-    can see over would teach nothing. The last stage has Zoology's early questions too.
+    One pair and then two begin with alphabets of 4, 16 and 64 symbols, of which keys and values both are: a model that
+    need not look at the key to tell a value learns to keep values, and not which key they belong to. Questions stand
+    anywhere: those that attention can see over would teach nothing. The last stage has Zoology's early questions too.
     """
     doubled = {m << n for m in (1, 3) for n in range(recipe.size.bit_length())}
-    sizes = [*sorted(pairs for pairs in doubled if pairs < recipe.size), recipe.size]
-    few = [[Recall(64, pairs, power=1.0, symbols=4**n) for n in (1, 2, 3)] for pairs in (1, 2)]
+    sizes = [*sorted(pairs for pairs in doubled if 2 < pairs < recipe.size), recipe.size] if recipe.size > 2 else []
+    few = [Recall(64, n, power=1.0, symbols=symbols, mixed=True) for n in (1, 2) for symbols in (4, 16, 64, None)]
     grown = [Recall(max(64, min(256, 16 * pairs), 4 * pairs), pairs, power=1.0) for pairs in sizes]
-    stages: list[Problem] = [*few[0], *grown[:1], *few[1], *grown[1:]]
-    return stages, [Part(replace(problem, power=power)) for problem in grown[2:] for power in (0.01, 1.0)]
+    return [*few, *grown], [Part(replace(problem, power=power)) for problem in grown for power in (0.01, 1.0)]
 
 
 def lookup(recipe: Recipe) -> Curriculum:

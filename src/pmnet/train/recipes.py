@@ -164,6 +164,11 @@ def box_finish() -> Recipe:
     )  # fmt: skip
 
 
+def recall() -> Recipe:
+    """Associative recall on the model of `box`: with the eight slots of the demo's it stalls at two pairs."""
+    return replace(box(), size=64, batch_size=64, steps=20_000)
+
+
 def paper() -> Recipe:
     """Copy-paste at the paper's scale: 12 layers, window 128, 4 levels, reach 1,525, about 15 M parameters."""
     model = PMNetConfig(
@@ -247,7 +252,7 @@ RECIPES: dict[str, dict[str, Callable[[], Recipe]]] = {
     "lm": {"tiny": lm_tiny, "demo": lm_demo, "small": lm_small, "30m": lm_30m, "119m": lm_119m},
     "copy-paste": {"demo": partial(demo, 8), "box": box, "box-finish": box_finish, "paper": paper},
     "selective-copy": {"demo": partial(demo, 16)},
-    "recall": {"demo": partial(demo, 64)},
+    "recall": {"demo": recall},
     "lookup": {"demo": partial(demo, 50)},
     "needle": {"demo": partial(demo, 1024)},
 }

@@ -1,8 +1,9 @@
 """Multi-query associative recall (after Zoology): pairs of a key and a value, then every key again, asking its value.
 
-One episode is `key value key value ...`, all keys distinct, then a stretch of blanks in which every key stands once,
+One episode is `key value key value ...`, all of them distinct, then a stretch of blanks in which every key stands once,
 followed by its value, which is the answer. Where the questions stand follows a power law: most come early, a few late.
-Keys and values are one or two bytes each, from 1 to 255; the blank is byte 0.
+Keys and values are symbols of one or two bytes each, from 1 to 255; keys are from the lower half of all symbols, values
+from the upper one, so that a symbol tells what it is (unless they are `mixed`). The blank is byte 0.
 
 Shapes: B sequences, P pairs, w bytes of a symbol.
 """
@@ -26,7 +27,9 @@ class Recall:
         pairs: P.
         width: w, bytes of a key and of a value, 1 or 2.
         power: a; a question stands in slot x with probability proportional to `a * x**(a - 1)`.
-        symbols: how many there are of keys and of values; None: as many as their bytes have values, less the blank.
+        symbols: how many there are of keys, and as many of values; None: all, 127 of one byte, 32,512 of two.
+        mixed: keys and values are of the same symbols, and a value may come twice: what a symbol is can only be told by
+            the one before. (Not Zoology's.)
     """
 
     length: int = 64
@@ -34,16 +37,22 @@ class Recall:
     width: int = 1
     power: float = 0.01
     symbols: int | None = None
+    mixed: bool = False
 
     def __post_init__(self) -> None:
-        known = self.width in (1, 2) and 1 <= self.pairs <= self.alphabet <= 255**self.width
+        known = self.width in (1, 2) and 1 <= self.pairs <= self.alphabet <= self.most
         if not known or 4 * self.pairs > self.length:
             raise ValueError(f"no room for recall in {self}")
 
     @property
+    def most(self) -> int:
+        """Symbols that a key can be: half of all, rounded down, if they are not mixed."""
+        return 255**self.width // (1 if self.mixed else 2)
+
+    @property
     def alphabet(self) -> int:
-        """How many symbols there are."""
-        return 255**self.width if self.symbols is None else self.symbols
+        """How many keys there are, and how many values."""
+        return self.most if self.symbols is None else self.symbols
 
     def draw(self, rows: int, generator: torch.Generator) -> Episodes:
         """`rows` episodes."""
@@ -52,8 +61,11 @@ class Recall:
         chance = np.arange(1, slots + 1) ** (self.power - 1.0)
         # the places with the P largest keys are a draw without replacement (exponential races)
         places = np.argsort(random.exponential(size=(rows, slots)) / chance, axis=1)[:, : self.pairs]
-        keys = np.stack([random.choice(self.alphabet, self.pairs, replace=False) for _ in range(rows)])
-        values = random.integers(self.alphabet, size=keys.shape)
+        keys, values = (
+            np.stack([random.choice(self.alphabet, self.pairs, replace=twice) for _ in range(rows)])
+            for twice in (False, self.mixed)
+        )
+        values += 0 if self.mixed else self.most
         known = np.concatenate([self._bytes(keys), self._bytes(values)], axis=2)
         questions = np.full((rows, slots, 2 * self.width), BLANK)
         np.put_along_axis(questions, places[:, :, None], known, axis=1)
@@ -67,5 +79,5 @@ class Recall:
         )
 
     def _bytes(self, symbols: np.ndarray) -> np.ndarray:
-        """Symbols `[B, P]` as bytes `[B, P, w]` from 1 to 255."""
-        return np.stack([symbols // 255**place % 255 + 1 for place in range(self.width)], axis=2)
+        """Symbols `[B, P]` as bytes `[B, P, w]` from 1 to 255, the more significant one first."""
+        return np.stack([symbols // 255**place % 255 + 1 for place in reversed(range(self.width))], axis=2)
