@@ -16,6 +16,7 @@ OUTSIDE = (  # models that are not in the box
     "Wide window",
     "Eight heads",
     "More slots",
+    "Sixty-four letters",
 )
 ROOT = Path(__file__).parent.parent / "results" / "retrieval"
 
