@@ -165,7 +165,7 @@ def box_finish() -> Recipe:
 
 
 def recall() -> Recipe:
-    """Associative recall on the model of `box`: with the eight slots of the demo's it stalls at two pairs."""
+    """Associative recall on the model of `box`: on that of the demo it stalls at two pairs."""
     return replace(box(), size=64, batch_size=64, steps=20_000)
 
 

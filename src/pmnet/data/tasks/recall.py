@@ -27,9 +27,9 @@ class Recall:
         pairs: P.
         width: w, bytes of a key and of a value, 1 or 2.
         power: a; a question stands in slot x with probability proportional to `a * x**(a - 1)`.
-        symbols: how many there are of keys, and as many of values; None: all, 127 of one byte, 32,512 of two.
+        symbols: how many there are of keys, and as many of values; None: `most`.
         mixed: keys and values are of the same symbols, and a value may come twice: what a symbol is can only be told by
-            the one before. (Not Zoology's.)
+            those before. (Not Zoology's.)
     """
 
     length: int = 64
@@ -46,7 +46,7 @@ class Recall:
 
     @property
     def most(self) -> int:
-        """Symbols that a key can be: half of all, rounded down, if they are not mixed."""
+        """Symbols that a key can be: half of all, 127 of one byte and 32,512 of two; all of them if `mixed`."""
         return 255**self.width // (1 if self.mixed else 2)
 
     @property
